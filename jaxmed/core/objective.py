@@ -1,6 +1,7 @@
 """The contract between an objective (what is minimised) and the trainer (who minimises it)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 Params = Any  # nested dict of arrays
@@ -27,7 +28,7 @@ class Objective(NamedTuple):
     # (params, aux, step) -> (params, aux), after the optimiser: EMA teachers, clamps.
     after_update: Callable[..., tuple[Params, Aux]] = keep
     # name -> (params, aux, batch) -> {name: array}; what evaluators and `predict` call.
-    predict_fns: dict[str, Callable[..., dict[str, Any]]] = {}
+    predict_fns: Mapping[str, Callable[..., dict[str, Any]]] = MappingProxyType({})
     # May the loss of a batch be the mean over its microbatches? Contrastive losses may not; they give the two below.
     additive: bool = True
     # (params, aux, microbatch, rng, step) -> pytree of features, rows first.

@@ -109,18 +109,19 @@ def make(
     return optax.partition({"train": optax.chain(*steps), "frozen": optax.set_to_zero()}, labels)
 
 
+def _hole(x) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
 def _restrict(values, params):
     """`values` with the holes (`optax.MaskedNode`) of `params`."""
-    hole = lambda x: isinstance(x, optax.MaskedNode)
-    return jax.tree.map(lambda v, p: p if hole(p) else v, values, params, is_leaf=hole)
+    return jax.tree.map(lambda v, p: p if _hole(p) else v, values, params, is_leaf=_hole)
 
 
 def _scale_by(factor) -> optax.GradientTransformation:
-    hole = lambda x: isinstance(x, optax.MaskedNode)
-
     def update(updates, state, params=None):
         del params
-        scaled = jax.tree.map(lambda f, u: u if hole(u) else u * f, factor, updates, is_leaf=hole)
+        scaled = jax.tree.map(lambda f, u: u if _hole(u) else u * f, factor, updates, is_leaf=_hole)
         return scaled, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
