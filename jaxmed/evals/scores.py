@@ -1,0 +1,269 @@
+"""Zero-shot scores, classification and retrieval metrics: pure numpy functions over the rows of a whole test set.
+
+States that merge: rows (scores, labels, features) merge by concatenation, confusion matrices by addition. No metric
+here is an average over batches. Labels are 1, 0 or NaN (missing; such rows are left out). The HLIP spec, section 6,
+names the published protocols; what they tune on the test labels says so in its name or docstring.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
+
+Array = np.ndarray
+
+PUB_BRAIN_5 = ("normal", "stroke", "glioma", "meningioma", "metastasis")
+
+
+def l2_normalize(x: Float[Array, "*n z"]) -> Float[Array, "*n z"]:
+    """Rows of unit length (rows shorter than 1e-12 are divided by 1e-12)."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def softmax(x: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+# Zero-shot classifiers.
+
+
+def classifier_from_prompts(text_features: Float[Array, "n z"], classes: int) -> Float[Array, "z classes"]:
+    """A prompt-ensemble classifier: per class the mean of the normalised template features, normalised again.
+
+    Args:
+      text_features: rows class-major (class 0 with template 0, class 0 with template 1, ...); need not be normalised.
+      classes: number of classes; divides the number of rows.
+
+    Raises:
+      ValueError: it does not divide.
+    """
+    if classes < 1 or len(text_features) % classes:
+        raise ValueError(f"{len(text_features)} prompts are not a whole number of templates for {classes} classes")
+    per_class = l2_normalize(text_features).reshape(classes, -1, text_features.shape[-1])
+    return l2_normalize(per_class.mean(axis=1)).T
+
+
+def zero_shot_logits(
+    image_features: Float[Array, "b z"], classifier: Float[Array, "z classes"], scale: float = 1.0
+) -> Float[Array, "b classes"]:
+    """scale * cosine; `scale` is exp(logit_scale) for probabilities, 1 for plain cosine scores."""
+    return scale * (l2_normalize(image_features) @ classifier)
+
+
+def pair_probability(logits: Float[Array, "b classes"], negative: int, positive: int) -> Float[Array, "b"]:
+    """The probability of column `positive` in the softmax over the two columns alone."""
+    return softmax(logits[:, [negative, positive]])[:, 1]
+
+
+def merge_max_if_any(a: Float[Array, "n"], b: Float[Array, "n"], threshold: float = 0.5) -> Float[Array, "n"]:
+    """One score for two findings that a test set does not tell apart: the larger where either exceeds `threshold`,
+    else the smaller (the calcification rule of Rad-ChestCT)."""
+    return np.where((a > threshold) | (b > threshold), np.maximum(a, b), np.minimum(a, b))
+
+
+# Classification.
+
+
+def auc(labels: Float[Array, "n"], scores: Float[Array, "n"]) -> float:
+    """Area under the ROC curve, ties counting one half; NaN if only one class is present."""
+    known = ~np.isnan(labels)
+    positive = labels[known] > 0.5
+    n1, n0 = int(positive.sum()), int((~positive).sum())
+    if not n1 or not n0:
+        return float("nan")
+    ranks = rankdata(scores[known])
+    return float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def macro_auc(labels: Float[Array, "n k"], scores: Float[Array, "n k"]) -> float:
+    """The mean AUC of the classes that have both kinds of label; NaN if none has."""
+    values = [auc(labels[:, j], scores[:, j]) for j in range(labels.shape[1])]
+    values = [v for v in values if not np.isnan(v)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def confusion(labels: Int[Array, "n"], predictions: Int[Array, "n"], classes: int) -> Int[Array, "classes classes"]:
+    """Counts, rows true and columns predicted; matrices of parts of a test set add up."""
+    counts = np.bincount(np.asarray(labels) * classes + np.asarray(predictions), minlength=classes * classes)
+    return counts.reshape(classes, classes)
+
+
+def _ratio(a, b):
+    return np.divide(a, b, out=np.zeros(np.shape(a), np.float64), where=np.asarray(b) > 0)
+
+
+def accuracy(matrix: Int[Array, "k k"]) -> float:
+    return float(np.trace(matrix) / max(matrix.sum(), 1))
+
+
+def recall(matrix: Int[Array, "k k"]) -> Float[Array, "k"]:
+    """Per class; 0 where a class has no rows."""
+    return _ratio(np.diag(matrix), matrix.sum(1))
+
+
+def precision(matrix: Int[Array, "k k"]) -> Float[Array, "k"]:
+    """Per class; 0 where a class was never predicted."""
+    return _ratio(np.diag(matrix), matrix.sum(0))
+
+
+def balanced_accuracy(matrix: Int[Array, "k k"]) -> float:
+    """The mean recall of the classes that have rows."""
+    present = matrix.sum(1) > 0
+    return float(recall(matrix)[present].mean()) if present.any() else float("nan")
+
+
+def weighted_f1(matrix: Int[Array, "k k"]) -> float:
+    """F1 per class, weighted by the number of true rows."""
+    f1 = _ratio(2.0 * np.diag(matrix), matrix.sum(0) + matrix.sum(1))
+    return float((f1 * matrix.sum(1)).sum() / max(matrix.sum(), 1))
+
+
+def threshold_searched(labels: Float[Array, "n"], scores: Float[Array, "n"]) -> float:
+    """The threshold of 100 equally spaced ones in [0, 1] whose ROC point is nearest to (0, 1); ties go to the largest.
+
+    The published chest-CT numbers choose it on the labels they then report on, which flatters them. Use it on a
+    validation split, or only to compare with those numbers.
+    """
+    known = ~np.isnan(labels)
+    positive, scores = labels[known] > 0.5, scores[known]
+    thresholds = np.linspace(0, 1, 100)
+    above = scores[None, :] > thresholds[:, None]
+    miss = 1.0 - _ratio((above & positive).sum(1), np.full(100, positive.sum()))
+    alarm = _ratio((above & ~positive).sum(1), np.full(100, (~positive).sum()))
+    distance = np.sqrt(miss**2 + alarm**2)
+    return float(thresholds[np.flatnonzero(distance == distance.min())[-1]])
+
+
+def binary_metrics(labels: Float[Array, "n"], scores: Float[Array, "n"], threshold: float = 0.5) -> dict[str, float]:
+    """One finding: positive where score > threshold.
+
+    Returns:
+      auc, accuracy, balanced_accuracy, weighted_f1, recall and precision (of the positives). The published table at
+      the searched threshold prints plain accuracy under the name of balanced accuracy; here each has its own name.
+    """
+    known = ~np.isnan(labels)
+    matrix = confusion((labels[known] > 0.5).astype(int), (scores[known] > threshold).astype(int), 2)
+    return {
+        "auc": auc(labels, scores),
+        "accuracy": accuracy(matrix),
+        "balanced_accuracy": balanced_accuracy(matrix),
+        "weighted_f1": weighted_f1(matrix),
+        "recall": float(recall(matrix)[1]),
+        "precision": float(precision(matrix)[1]),
+    }
+
+
+def multiclass_metrics(
+    labels: Int[Array, "n"], probabilities: Float[Array, "n k"], names: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    """One of k classes: under "" the macro one-versus-rest AUC and, at argmax, weighted F1 and balanced accuracy; under
+    each class's name the same three for that class against the rest, positive where its probability exceeds 0.5."""
+    k = len(names)
+    matrix = confusion(labels, probabilities.argmax(1), k)
+    one_hot = np.eye(k)[labels]
+    result = {
+        "": {
+            "auc": macro_auc(one_hot, probabilities),
+            "weighted_f1": weighted_f1(matrix),
+            "balanced_acc": balanced_accuracy(matrix),
+        }
+    }
+    for j, name in enumerate(names):
+        m = binary_metrics(one_hot[:, j], probabilities[:, j])
+        result[name] = {
+            "auc": m["auc"],
+            "weighted_f1": m["weighted_f1"],
+            "balanced_acc": m["balanced_accuracy"],
+        }
+    return result
+
+
+def pub_brain_5_metrics(labels: Int[Array, "n"], logits: Float[Array, "n 5"]) -> dict[str, float]:
+    """All Pub-Brain-5 numbers under their published names, "<metric> (pubbrain5_<task>[_<class>])".
+
+    Tasks: anomaly, four times one disease against normal (softmax over the pair, argmax), and their mean; tumor, three
+    classes; disease, all five. A task sees the studies of its own classes only.
+
+    Args:
+      labels: class number in the order of `PUB_BRAIN_5`.
+      logits: scaled cosine scores.
+    """
+    logits = np.asarray(logits, np.float64)
+    values: dict[str, float] = {}
+
+    def put(task, metrics):
+        for metric in ("auc", "weighted_f1", "balanced_acc"):
+            values[f"{metric} (pubbrain5_{task})"] = metrics[metric]
+
+    pairs = []
+    for j in range(1, 5):
+        rows = np.isin(labels, (0, j))
+        pairs.append(
+            multiclass_metrics((labels[rows] == j).astype(int), softmax(logits[rows][:, [0, j]]), ("0", "1"))[""]
+        )
+        put(f"anomaly_{PUB_BRAIN_5[j]}", pairs[-1])
+    put("anomaly", {m: float(np.mean([p[m] for p in pairs])) for m in pairs[0]})
+    for task, columns in (("tumor", (2, 3, 4)), ("disease", (0, 1, 2, 3, 4))):
+        rows = np.isin(labels, columns)
+        names = tuple(PUB_BRAIN_5[c] for c in columns)
+        result = multiclass_metrics(labels[rows] - columns[0], softmax(logits[rows][:, columns]), names)
+        for name, metrics in result.items():
+            put(f"{task}_{name}" if name else task, metrics)
+    return values
+
+
+# Retrieval.
+
+
+def retrieval_ranks(similarity: Float[Array, "n m"], match: Bool[Array, "n m"] | None = None) -> Int[Array, "n"]:
+    """The 0-based rank, under descending similarity, of each query's best matching candidate.
+
+    Equal similarities are ranked in the candidates' order, so that a model that cannot tell anything apart gets chance.
+
+    Args:
+      similarity: query by candidate.
+      match: which candidates are right (at least one per query); without it, candidate i for query i.
+
+    Raises:
+      ValueError: a query has no right candidate.
+    """
+    match = np.eye(*similarity.shape, dtype=bool) if match is None else match
+    if not match.any(1).all():
+        raise ValueError(f"query {int(np.argmin(match.any(1)))} has no right candidate")
+    order = np.argsort(-similarity, axis=1, kind="stable")
+    return np.argmax(np.take_along_axis(match, order, axis=1), axis=1)
+
+
+def retrieval_metrics(ranks: Int[Array, "n"], at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """mean_rank, median_rank (1-based, the median rounded down), R@k (the fraction of ranks in the first k)."""
+    values = {"mean_rank": float(ranks.mean() + 1), "median_rank": float(np.floor(np.median(ranks)) + 1)}
+    return values | {f"R@{k}": float((ranks < k).mean()) for k in at}
+
+
+def image_text_retrieval(
+    image_features: Float[Array, "n z"],
+    text_features: Float[Array, "n z"],
+    texts: Int[Array, "n"] | None = None,
+    at: tuple[int, ...] = (1, 5, 10),
+) -> dict[str, float]:
+    """Retrieval both ways, "image_to_text_*" and "text_to_image_*", for n pairs in the same order.
+
+    Args:
+      image_features, text_features: need not be normalised.
+      texts: a number per study, equal for studies with the same report. These are then one target: each report is one
+        candidate (and one query), and any of its studies is a right answer. Without it every row is its own target.
+    """
+    image_features, text_features = l2_normalize(image_features), l2_normalize(text_features)
+    match = None
+    if texts is not None:
+        _, first, of_study = np.unique(texts, return_index=True, return_inverse=True)
+        text_features = text_features[first]
+        match = of_study[:, None] == np.arange(len(first))[None, :]
+    similarity = image_features @ text_features.T
+    values = {}
+    for name, s, m in (
+        ("image_to_text", similarity, match),
+        ("text_to_image", similarity.T, None if match is None else match.T),
+    ):
+        values |= {f"{name}_{k}": v for k, v in retrieval_metrics(retrieval_ranks(s, m), at).items()}
+    return values
