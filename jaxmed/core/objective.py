@@ -23,7 +23,8 @@ class Objective(NamedTuple):
 
     # (rng) -> (params, aux): called once, inside jit.
     init: Callable[[Any], tuple[Params, Aux]]
-    # (params, aux, batch, rng, step) -> (loss, (aux, measurements)); measurements are scalars.
+    # (params, aux, batch, rng, step) -> (loss, (aux, measurements)); measurements are scalars. The loss of a batch
+    # without real rows (all of `_mask` 0) is finite.
     loss_fn: Callable[..., tuple[Any, tuple[Aux, dict[str, Any]]]]
     # (params, aux, step) -> (params, aux), after the optimiser: EMA teachers, clamps.
     after_update: Callable[..., tuple[Params, Aux]] = keep

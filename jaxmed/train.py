@@ -1,0 +1,352 @@
+"""The loop: one story for every system, from a config to trained weights. Read it top to bottom.
+
+    mesh -> data -> objective -> optimiser -> state -> update -> evaluators -> loop -> summary
+
+Everything that differs between systems (models, losses, batches, evaluation) is named by strings in the config and
+keeps one of the five contracts; this file is the only place that updates parameters. `total_steps=0` evaluates and
+stops. The same call again, after any kind of death, goes on from the newest checkpoint and ends with the same bits.
+"""
+
+import contextlib
+import importlib.metadata
+import math
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from jaxmed.core import accumulate, metrics, optim, sharding, tree
+from jaxmed.core.checkpoint import Checkpoints, load_part
+from jaxmed.core.clock import Clock, peak_flops
+from jaxmed.core.config import Config, call
+from jaxmed.core.ema import with_ema
+from jaxmed.core.errors import UserError
+from jaxmed.core.load import load
+from jaxmed.core.rng import step_rng
+
+
+def run(config: Config, workdir: Path, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains what `config` describes and evaluates it.
+
+    Args:
+      config: the whole config; see `configs/` for the keys.
+      workdir: gets metrics.jsonl, config.json, checkpoints/, evals/ and summary.json.
+      say: where lines for the person go (called on process 0 only).
+
+    Returns:
+      The content of summary.json.
+
+    Raises:
+      UserError: a field of the config, a shard or a checkpoint is bad; the message says which and what to do.
+    """
+    mesh = sharding.make_mesh(config.get("mesh"))
+    with jax.set_mesh(mesh):
+        return _run(config, Path(workdir), mesh, say if jax.process_index() == 0 else lambda line: None)
+
+
+def _run(config: Config, workdir: Path, mesh, say) -> dict[str, Any]:
+    started = time.perf_counter()
+    first = jax.process_index() == 0
+    workdir.mkdir(parents=True, exist_ok=True)
+    seed = config.get("seed", 0)
+    log = config.get("log", Config({}))
+    say(f"{len(mesh.devices.ravel())} x {mesh.devices.ravel()[0].device_kind}, mesh {dict(mesh.shape)}")
+
+    # ---- Data. Every batch is a pure function of (plan, step): no iterator has a state.
+    if "source" in config:
+        if first:
+            call(load("data.sources", config.source.name).make, config.source, skip=("name",))
+        barrier("source")
+    pipeline = load("data", "pipeline")
+    stream = call(pipeline.make, config.input, seed=seed, mesh=mesh, train=True)
+    total_steps = config.get("total_steps")
+    if (total_steps is None) == (config.get("total_epochs") is None):
+        raise UserError("give either config.total_steps or config.total_epochs")
+    if total_steps is None:
+        total_steps = math.ceil(config.total_epochs * stream.steps_per_epoch)
+
+    # ---- Objective: parameters, loss and predictions, as pure functions.
+    objective = load("objectives", config.objective.name).make(config, stream.spec)
+    if config.get("ema"):
+        objective = with_ema(objective, config.ema)
+    rng_init, rng_loop = jax.random.split(jax.random.key(seed))
+    params_shape, _ = jax.eval_shape(objective.init, rng_init)
+
+    # ---- Optimiser.
+    rate = call(optim.schedule, config.schedule, total_steps=total_steps)
+    tx = call(optim.make, config.optim, params_shape, schedule=rate)
+
+    # ---- State: shapes first, then shardings from the shapes, then arrays that are born where they belong.
+    def init_state(rng):
+        params, aux = objective.init(rng)
+        return {"params": params, "opt": tx.init(params), "aux": aux, "step": jnp.zeros((), jnp.int32)}
+
+    state_shape = jax.eval_shape(init_state, rng_init)
+    param_shardings = sharding.infer(params_shape, config.get("sharding", ((".*", "replicate"),)), mesh)
+    state_shardings = sharding.infer_like(state_shape, params_shape, param_shardings, mesh)
+    abstract_state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, state_shardings
+    )
+    ckpt = config.get("ckpt", Config({}))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=ckpt.get("keep", 2))
+    init_from = config.get("init_from")
+    identity = {"plan_hash": stream.plan_hash, "total_steps": total_steps, "seed": seed}
+    start_step = 0 if checkpoints.latest is None else checkpoints.latest
+    if checkpoints.latest is not None:
+        check_same_run(checkpoints.meta(start_step), identity, workdir)
+        train_state = checkpoints.load(start_step, abstract_state)
+        say(f"resuming from step {start_step}")
+    else:
+        train_state = jax.jit(init_state, out_shardings=state_shardings)(rng_init)
+        if init_from:
+            train_state["params"] = load_part(init_from, "params", abstract_state["params"])
+            say(f"parameters from {init_from}")
+    frozen = sum(n for f, n in optim.learning_rate_groups(params_shape, optim_groups(config)).items() if f == "0.0")
+    num_params = tree.num_params(params_shape)
+    say(f"{num_params:,} parameters, of which {frozen:,} frozen; {total_steps} steps in {len(stream.spec)} bucket(s)")
+
+    # ---- Update: the only place where parameters change.
+    microbatches = config.get("accumulate", 1)
+    for bucket, spec in stream.spec.items():
+        rows, multiple = spec["_mask"].shape[0], sharding.batch_size_multiple(mesh) * microbatches
+        if rows % multiple:
+            raise UserError(
+                f"config.input.batch_size: {rows} rows (bucket {bucket}) do not divide by {multiple} "
+                f"(mesh data x fsdp = {sharding.batch_size_multiple(mesh)}, accumulate = {microbatches})"
+            )
+
+    def update_fn(train_state, batch, rng):
+        params, opt, aux, step = (train_state[k] for k in ("params", "opt", "aux", "step"))
+        (loss, (aux, measurements)), grads = accumulate.value_and_grad(
+            objective, params, aux, batch, step_rng(rng, step), step, microbatches=microbatches
+        )
+        updates, opt = tx.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        params, aux = objective.after_update(params, aux, step)
+        measurements = {
+            **measurements,
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "learning_rate": rate(step),
+        }
+        return {"params": params, "opt": opt, "aux": aux, "step": step + 1}, measurements
+
+    # ---- One executable per bucket, all compiled before the first step; another shape is then an error by itself.
+    rng_loop = jax.device_put(rng_loop, sharding.replicated(mesh))
+    update = {}
+    if start_step < total_steps:
+        compiling = time.perf_counter()
+        update = compile_buckets(update_fn, abstract_state, state_shardings, stream.spec, rng_loop, mesh)
+        say(f"compiled {len(update)} bucket(s) in {time.perf_counter() - compiling:.1f} s")
+
+    # ---- Evaluators know predict functions, never a model.
+    predict_fns = {
+        name: jax.jit(lambda state, batch, fn=fn: fn(state["params"], state["aux"], batch))
+        for name, fn in objective.predict_fns.items()
+    }
+    evaluators = make_evaluators(config, predict_fns, mesh, workdir)
+    unread = config.unread()
+    if unread:
+        raise UserError(f"{unread[0]} is never read: it is misspelt or does not belong to this config")
+
+    def evaluate(step: int) -> dict[str, float]:
+        values = {}
+        for name, evaluator, every in evaluators:
+            last = step == total_steps and not getattr(evaluator, "once", False)
+            if step == 0 or last or (every and step % every == 0):
+                values |= {f"{name}/{key}": float(v) for key, v in evaluator.run(train_state)}
+        return values
+
+    # ---- Loop.
+    if first:
+        metrics.write_json(workdir / "config.json", config.to_dict())
+    writer = metrics.Writer(workdir, start_step=start_step, tensorboard=log.get("tensorboard", False), active=first)
+    log_every, save_every = log.get("every_steps", 50), ckpt.get("every_steps", 1000)
+    clock = Clock(start_step=start_step, total_steps=total_steps, peak=peak_flops(mesh))
+    evaluated: dict[str, float] = {}
+    if start_step == 0:
+        evaluated = evaluate(0)
+        writer.write(0, evaluated)
+    pending: list[tuple[int, dict]] = []  # measurements still on the devices, so that no step waits for them
+    trained: dict[str, float] = {}
+    stopped = False
+    progress = tqdm(total=total_steps, initial=start_step, desc="train", unit="step", disable=not first, mininterval=1)
+    with stop_on_sigterm() as stop_asked, contextlib.closing(stream.batches(start_step, total_steps)) as batches:
+        step = start_step
+        for bucket, local_batch in batches:
+            rows = stream.spec[bucket]["_mask"].shape[0]
+            batch = sharding.put_batch(local_batch, mesh, rows)
+            train_state, measurements = update[bucket](train_state, batch, rng_loop)
+            step += 1
+            pending.append((step, measurements))
+            if len(pending) > 2:  # at most three steps in flight: a queue of batches is a queue of memory
+                jax.block_until_ready(pending[-3][1]["loss"])
+            waste = stream.padding(step - 1)
+            flops = 3.0 * objective.flops_fn(stream.spec[bucket]) if objective.flops_fn else 0.0
+            clock.add(examples=rows * (1.0 - waste.get("rows_wasted", 0.0)), flops=flops)
+            progress.update()
+
+            at_end = step == total_steps
+            stopped = stop_asked(step, every=log_every) and not at_end
+            save = at_end or stopped or step % save_every == 0
+            if save or step % log_every == 0:
+                trained = read_back(pending, stream, checkpoints.latest)
+                trained |= {**clock.tick(step), **{f"padding/{k}": float(v) for k, v in waste.items()}}
+                writer.write(step, trained)
+                progress.set_postfix(loss=f"{trained['loss']:.4g}", refresh=False)
+            with clock.pause():
+                if save:
+                    checkpoints.save(step, train_state, identity)
+                if stopped:
+                    break
+                if evaluators:
+                    values = evaluate(step)
+                    if values:
+                        evaluated = values
+                        writer.write(step, values)
+    progress.close()
+    checkpoints.close()
+
+    # ---- Summary.
+    params = sharding.gather(train_state["params"])
+    lines = metrics.read(workdir) if first else []
+    summary = {
+        "before": next((without_step(line) for line in lines if line["step"] == 0), {}),
+        "after": evaluated if step == total_steps else {},
+        "train": trained or last_training_line(lines),
+        "steps": step,
+        "total_steps": total_steps,
+        "finished": step == total_steps,
+        "seconds": time.perf_counter() - started,
+        "num_params": num_params,
+        "params_sha256": tree.params_sha256(params),
+        "plan_hash": stream.plan_hash,
+        "versions": versions(),
+    }
+    if not summary["after"] and summary["finished"]:  # started again after it had finished
+        summary["after"] = next((without_step(v) for v in reversed(lines) if any("/" in k for k in v)), {})
+    writer.close()
+    if first:
+        metrics.write_json(workdir / "summary.json", summary)
+    if stopped:
+        say(f"stopped by SIGTERM at step {step} of {total_steps}; the same command goes on from there")
+    return summary
+
+
+def check_same_run(meta: dict[str, Any], identity: dict[str, Any], workdir: Path) -> None:
+    """A checkpoint continues only the run that wrote it: same data, plan, seed and length."""
+    reasons = {
+        "plan_hash": "the shards or config.input (buckets, batch size, split) differ",
+        "total_steps": "config.total_steps differs, and with it the learning-rate schedule",
+        "seed": "config.seed differs",
+    }
+    for key, value in identity.items():
+        if meta.get(key) != value:
+            raise UserError(
+                f"{workdir}: its checkpoint belongs to another run: {reasons[key]} ({meta.get(key)} there, {value} "
+                "here). Use another --workdir, and config.init_from to start from these weights"
+            )
+
+
+def optim_groups(config: Config):
+    return config.optim.get("groups", ())
+
+
+def compile_buckets(update_fn, abstract_state, state_shardings, specs, rng, mesh) -> dict[Any, Callable]:
+    """Traces one after the other, compiles side by side."""
+    rows = sharding.batch_sharding(mesh)
+    jitted = jax.jit(update_fn, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
+    lowered = {}
+    for bucket, spec in specs.items():
+        batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in spec.items()}
+        lowered[bucket] = jitted.lower(abstract_state, batch, rng)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values())))
+
+
+def make_evaluators(config: Config, predict_fns, mesh, workdir: Path) -> list[tuple[str, Any, int]]:
+    evaluators = []
+    for name in config.get("evals", ()):
+        section = config.evals[name]
+        evaluator = call(
+            load("evals", section.type).Evaluator,
+            section,
+            predict_fns,
+            mesh=mesh,
+            outdir=workdir / "evals" / name,
+            skip=("type", "every_steps"),
+        )
+        evaluators.append((name, evaluator, section.get("every_steps", 0)))
+    return evaluators
+
+
+def read_back(pending: list[tuple[int, dict]], stream, last_saved: int | None) -> dict[str, float]:
+    """The mean of the measurements since the last time, on the host; empties `pending`.
+
+    Raises:
+      UserError: one of them was not finite; names the first such step and the records of its batch.
+    """
+    values = [(step, jax.device_get(measurements)) for step, measurements in pending]
+    pending.clear()
+    for step, measured in values:
+        bad = [k for k in ("loss", "grad_norm") if not np.isfinite(measured[k])]
+        if bad:
+            records = ", ".join(stream.records(step - 1))
+            raise UserError(
+                f"step {step}: {bad[0]} is {measured[bad[0]]}; the batch held the records {records}. "
+                f"The newest checkpoint ({last_saved or 'none yet'}) is from before. Lower config.schedule.lr, set "
+                "config.optim.clip_norm, or look at these records (python -m jaxmed.show)"
+            )
+    return {k: float(np.mean([m[k] for _, m in values])) for k in values[0][1]}
+
+
+@contextlib.contextmanager
+def stop_on_sigterm():
+    """Yields `asked(step, every)`: did a SIGTERM arrive (on any process)?
+
+    Processes must stop at the same step, so with several they agree on it only every `every` steps.
+    """
+    received = []
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    except ValueError:  # not in the main thread (a notebook server): nobody signals it either
+        previous = None
+
+    def asked(step: int, every: int) -> bool:
+        if jax.process_count() == 1:
+            return bool(received)
+        return step % every == 0 and bool(multihost_utils.process_allgather(np.array(bool(received))).any())
+
+    try:
+        yield asked
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def without_step(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in line.items() if k != "step"}
+
+
+def last_training_line(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    return next((without_step(line) for line in reversed(lines) if "loss" in line), {})
+
+
+def versions() -> dict[str, str]:
+    packages = ("jaxmed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {name: importlib.metadata.version(name) for name in packages}
