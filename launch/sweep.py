@@ -1,4 +1,6 @@
-"""A grid of runs: `python launch/sweep.py --config=configs/hlip.py:demo --out=runs/sweep config.schedule.lr=1e-4,3e-4 config.seed=0,1`.
+"""A grid of runs.
+
+    python launch/sweep.py --config=configs/hlip.py:demo --out=runs/sweep config.schedule.lr=1e-4,3e-4 config.seed=0,1
 
 Runs one after the other (each resumes or is skipped if it has finished) and ends with one table of the final metrics.
 With `--print` it only prints the commands, for a cluster's array job.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every host of a TPU slice: TPU=name ZONE=zone launch/tpu_vm.sh --config=configs/hlip.py --workdir=gs://bucket/run
+# Every host of a TPU slice: TPU=name ZONE=zone launch/tpu_vm.sh --config=configs/hlip.py --workdir=/mnt/bucket/run
+# The workdir is a folder that all hosts see (a mounted bucket or NFS).
 # Copies this checkout to all workers, installs it there and starts the same command on each.
 set -euo pipefail
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A workload on a GKE cluster made with xpk: CLUSTER=c TPU_TYPE=v5litepod-256 SLICES=2 NAME=run1 launch/xpk.sh --config=... --workdir=gs://...
+# A workload on a GKE cluster made with xpk: CLUSTER=c TPU_TYPE=v5litepod-256 SLICES=2 NAME=run1 launch/xpk.sh --config=... --workdir=/mnt/bucket/run
 set -euo pipefail
 : "${CLUSTER:?}" "${TPU_TYPE:?}" "${NAME:?}"
 cd "$(dirname "$0")/.."
