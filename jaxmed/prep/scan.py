@@ -169,7 +169,7 @@ def salted_hash(salt: str, *parts: str) -> str:
     return hmac.new(salt.encode(), message, hashlib.sha256).hexdigest()[:16]
 
 
-def read_scans(series: RawSeries, options: ReadOptions = ReadOptions()) -> tuple[list[RawScan], list[Reject]]:  # noqa: B008
+def read_scans(series: RawSeries, options: ReadOptions = ReadOptions()) -> tuple[list[RawScan], list[Reject]]:
     """Loads the voxels of one series.
 
     A series can give several scans (several stacks, time points, a 4D file) and some of its files can be bad while the
@@ -182,4 +182,7 @@ def read_scans(series: RawSeries, options: ReadOptions = ReadOptions()) -> tuple
     or diffusion point), `b_value`, `echo`, `orientation` ("axial", "coronal", "sagittal", "oblique"), `units` ("HU" or
     ""), `body` (a token), `contrast` (bool), `planar` (bool).
     """
-    raise NotImplementedError
+    from jaxmed.prep import dicom, volumes  # they are built on this module
+
+    read = dicom.read if series.kind == "dicom" else volumes.read
+    return read(series, options)
