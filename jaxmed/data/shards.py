@@ -132,16 +132,16 @@ class ShardWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.with_suffix(".json").unlink(missing_ok=True)  # from here on an old shard does not count
-            self._writer = array_record_module.ArrayRecordWriter(
-                str(self._temporary), CODECS[codec].shard_options
-            )
+            self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), CODECS[codec].shard_options)
         except (OSError, RuntimeError) as e:
             raise _cannot_write(self.path, e) from e
 
-    def add(self, study: Mapping[str, Any]) -> int:
-        """Appends a study (see `record.encode`); returns its encoded size in bytes."""
-        data = encode(study, self.codec)
+    def add(self, study: Mapping[str, Any] | bytes) -> int:
+        """Appends a study, or the bytes that `record.encode` made of it; returns its encoded size in bytes."""
+        data = study if isinstance(study, bytes) else encode(study, self.codec)
         about = Record(data)
+        if about.codec != self.codec:
+            raise ValueError(f"study {about.key} is encoded with {about.codec!r}, the shard's codec is {self.codec!r}")
         heights, widths = {s[1] for s in about.shapes}, {s[2] for s in about.shapes}
         self.rows.append(
             {
