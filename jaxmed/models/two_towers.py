@@ -1,0 +1,96 @@
+"""An image tower and a text tower with one shared embedding, and the scales of their similarity."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmed.core.errors import UserError
+from jaxmed.core.load import load
+
+LOG_SCALE_INIT = math.log(1 / 0.07)
+
+
+def l2_normalize(x: Float[Array, "*n z"]) -> Float[Array, "*n z"]:
+    """Unit vectors along the last axis, float32; a vector shorter than 1e-12 is divided by 1e-12 (and has no NaN in
+    its gradient, even if it is zero)."""
+    x = x.astype(jnp.float32)
+    return x / jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+def make_tower(side: str, sizes: Mapping[str, Any]) -> nn.Module:
+    """`jaxmed.models.<name>.Model` with the other entries of `sizes` as its fields.
+
+    Raises:
+      UserError: no name, or what that module says about its fields.
+    """
+    sizes = dict(sizes)
+    if "name" not in sizes:
+        raise UserError(f"config.model.{side}.name is missing; it names a module in jaxmed/models: 'hlip', 'bert', ...")
+    module = load("models", sizes.pop("name"))
+    try:
+        return module.Model(**sizes, name=side)
+    except UserError as e:
+        raise UserError(f"config.model.{side}: {e}") from None
+
+
+class Model(nn.Module):
+    """Normalised features of images and texts, in one parameter tree {"image", "text", "logit_scale", "logit_bias"}.
+
+    Attributes:
+      image, text: {"name": module in jaxmed/models, "variant": one of its VARIANTS, or none, and fields that differ}.
+      logit_scale_init: log of the scale that multiplies cosines; CLIP starts at ln(1/0.07), SigLIP at ln 10.
+      logit_bias_init: initial value of `logit_bias`, or None for no such parameter. SigLIP's bias (-10), or the second
+        log-scale of the dual objective (ln(1/0.07)): the published weights keep it under this name.
+    """
+
+    image: Mapping[str, Any]
+    text: Mapping[str, Any]
+    logit_scale_init: float = LOG_SCALE_INIT
+    logit_bias_init: float | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        image: Array | None = None,
+        text: Int[Array, "b t"] | None = None,
+        scan_depths: Int[Array, "b s"] | None = None,
+        *,
+        train: bool = False,
+        draws: Mapping[str, Any] | None = None,
+    ) -> tuple[tuple[Array | None, Array | None], dict[str, Array]]:
+        """Either side may be left out (None comes back in its place).
+
+        Args:
+          image, scan_depths, draws: what the image tower takes.
+          text: token ids, 0 = padding.
+
+        Returns:
+          ((image features (b, z) or (b, p, z), text features (b, z)), out): float32, of unit length; out has the
+          towers' intermediates as "image/..." and "text/...", and "logit_scale" and "logit_bias" as they are stored.
+
+        Raises:
+          UserError: a tower that cannot be made, or towers of different output widths.
+        """
+        out: dict[str, Array] = {}
+        zimg = ztxt = None
+        if image is not None:
+            zimg, inner = make_tower("image", self.image)(image, scan_depths, train=train, draws=draws)
+            zimg = l2_normalize(zimg)
+            out |= {f"image/{k}": v for k, v in inner.items()}
+        if text is not None:
+            ztxt, inner = make_tower("text", self.text)(text, train=train)
+            ztxt = l2_normalize(ztxt)
+            out |= {f"text/{k}": v for k, v in inner.items()}
+        if image is not None and text is not None and zimg.shape[-1] != ztxt.shape[-1]:
+            raise UserError(
+                f"the image tower gives {zimg.shape[-1]} features, the text tower {ztxt.shape[-1]}: "
+                "model.image.out_dim (or its width, without a projection) and model.text.out_dim must be equal"
+            )
+        out["logit_scale"] = self.param("logit_scale", nn.initializers.constant(self.logit_scale_init), ())
+        if self.logit_bias_init is not None:
+            out["logit_bias"] = self.param("logit_bias", nn.initializers.constant(self.logit_bias_init), ())
+        return (zimg, ztxt), out
