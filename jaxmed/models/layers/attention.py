@@ -1,0 +1,197 @@
+"""Attention: one function, several implementations, chosen by name.
+
+Slices, scans and studies (or windows) are reshaped into the batch axis by the caller; masks are only for padding.
+Every implementation gives the same values: masked keys have weight zero exactly, and a query that may look at nothing
+gives zeros.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmed.core.errors import UserError
+from jaxmed.core.sharding import BATCH_AXES
+
+IMPLS = ("auto", "xla", "cudnn", "flash_tpu")
+# Finite, so that a fully masked row has a gradient (zero) instead of not-a-number.
+MASKED = -1e30
+# Below this many tokens the flash kernel's padding costs more than the matrix of weights.
+FLASH_MIN_TOKENS = 512
+TPU_LANES = 128
+CUDNN_MULTIPLE = 64
+
+
+def pick(impl: str, tokens: int, dtype) -> str:
+    """What "auto" means here: flash kernels where the backend has them and they pay, plain XLA elsewhere."""
+    if impl not in IMPLS:
+        raise UserError(f"attn_impl: {impl!r} is not one of {', '.join(IMPLS)}")
+    if impl != "auto":
+        return impl
+    backend = jax.default_backend()
+    if backend == "tpu" and tokens >= FLASH_MIN_TOKENS:
+        return "flash_tpu"
+    if backend == "gpu" and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn"
+    return "xla"
+
+
+def attend(
+    q: Float[Array, "b n a k"],
+    k: Float[Array, "b m a k"],
+    v: Float[Array, "b m a k"],
+    *,
+    mask: Bool[Array, "b m"] | Bool[Array, "b n m"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    segment_ids: Int[Array, "b n"] | None = None,
+    impl: str = "xla",
+) -> Float[Array, "b n a k"]:
+    """softmax(q k^T / sqrt(width of a head)) v; softmax in float32, the result in the dtype of `v`.
+
+    Args:
+      mask: 1 = this key may be seen; by key (b m), or by query and key (b n m; not with "flash_tpu").
+      lengths: keys from this one on are padding.
+      segment_ids: queries see only keys of their own segment (self-attention: n = m).
+      impl: "xla" everywhere; "cudnn" on NVIDIA GPUs in 16 bit; "flash_tpu" on TPUs; "auto" picks.
+
+    Raises:
+      UserError: an unknown `impl`, or one that cannot do what is asked.
+    """
+    b, n, m = q.shape[0], q.shape[1], k.shape[1]
+    impl = pick(impl, n, v.dtype)
+    by_key = mask if mask is not None and mask.ndim == 2 else None
+    if lengths is not None:
+        inside = jnp.arange(m)[None, :] < lengths[:, None]
+        by_key = inside if by_key is None else by_key & inside
+    pairs = mask if mask is not None and mask.ndim == 3 else None
+    if impl == "flash_tpu":
+        if pairs is not None:
+            raise UserError("attn_impl: 'flash_tpu' takes masks by key, lengths and segment ids; use 'xla' or 'cudnn'")
+        out = _flash_tpu(q, k, v, by_key, segment_ids)
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        pairs = same if pairs is None else pairs & same
+    keep = None if by_key is None else by_key[:, None, :]
+    if pairs is not None:
+        keep = pairs if keep is None else keep & pairs
+    if impl == "xla":
+        out = _xla(q, k, v, keep)[0]
+    elif impl == "cudnn":
+        out = _cudnn(q, k, v, keep)
+    if keep is None:
+        return out
+    sees = jnp.broadcast_to(keep.any(-1), (b, n))
+    return jnp.where(sees[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def attend_with_weights(
+    q: Float[Array, "b n a k"],
+    k: Float[Array, "b m a k"],
+    v: Float[Array, "b m a k"],
+    *,
+    mask: Bool[Array, "b m"] | None = None,
+    add: Float[Array, "b a n m"] | None = None,
+) -> tuple[Float[Array, "b n a k"], Float[Array, "b a n m"]]:
+    """As `attend`, also giving the weights; `add` is added to them (its gradient is theirs: for heat maps)."""
+    return _xla(q, k, v, None if mask is None else mask[:, None, :], add)
+
+
+def relevance(weights: Float[Array, "b a n n"], gradient: Float[Array, "b a n n"], prefix: int) -> Float[Array, "b m"]:
+    """How much each patch of the last block (at study level) speaks for what was differentiated.
+
+    R = I + mean over heads of max(gradient * weights, 0); the row of the class token, without prefix tokens.
+    Chefer et al. 2021, as the published heat maps use it.
+    """
+    return jnp.maximum(gradient * weights, 0.0).mean(1)[:, 0, prefix:]
+
+
+def _xla(q, k, v, keep, add=None):
+    """Heads folded into the batch axis: three plain batched matrix products."""
+    b, n, a, width = q.shape
+    m = k.shape[1]
+
+    def fold(x):
+        return x.transpose(0, 2, 1, 3).reshape(b * a, x.shape[1], width)
+
+    logits = jnp.einsum("gnk,gmk->gnm", fold(q * width**-0.5), fold(k), preferred_element_type=jnp.float32)
+    if keep is not None:
+        logits = jnp.where(keep[:, None], logits.reshape(b, a, n, m), MASKED).reshape(b * a, n, m)
+    weights = jax.nn.softmax(logits, axis=-1)
+    if add is not None:
+        weights = weights + add.reshape(b * a, n, m)
+    out = jnp.einsum("gnm,gmk->gnk", weights.astype(v.dtype), fold(v))
+    return out.reshape(b, a, n, width).transpose(0, 2, 1, 3), weights.reshape(b, a, n, m)
+
+
+def _pad_tokens(x, to: int, axis: int):
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, to - x.shape[axis])
+    return jnp.pad(x, pads) if to > x.shape[axis] else x
+
+
+def _cudnn(q, k, v, keep):
+    """Token counts padded to a multiple of 64 (odd ones are refused with a mask); the true lengths go along."""
+    if jnp.dtype(v.dtype).itemsize != 2:
+        raise UserError(f"attn_impl: 'cudnn' needs bfloat16 or float16 activations, not {v.dtype}; set dtype or 'xla'")
+    b, n, m = q.shape[0], q.shape[1], k.shape[1]
+    to_n, to_m = (-(-x // CUDNN_MULTIPLE) * CUDNN_MULTIPLE for x in (n, m))
+    q = _pad_tokens(q, to_n, 1)
+    k, v = (_pad_tokens(x, to_m, 1) for x in (k, v))
+    if keep is not None:
+        keep = _pad_tokens(_pad_tokens(jnp.broadcast_to(keep, (b, n, m)), to_m, 2), to_n, 1)[:, None]
+    lengths = [jnp.full((b,), x, jnp.int32) for x in (n, m)] if (to_n, to_m) != (n, m) else [None, None]
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=keep,
+        query_seq_lengths=lengths[0],
+        key_value_seq_lengths=lengths[1],
+        implementation="cudnn",
+    )
+    return out[:, :n]
+
+
+def _tpu_block(tokens: int) -> tuple[int, int]:
+    """Tokens after padding and the kernel's block: large blocks are fast, but not for much more padding."""
+    least = -(-tokens // TPU_LANES) * TPU_LANES
+    sizes = [(-(-tokens // block) * block, block) for block in range(TPU_LANES, 513, TPU_LANES)]
+    return max((s for s in sizes if s[0] <= 1.125 * least), key=lambda s: (s[1], -s[0]))
+
+
+def _flash_tpu(q, k, v, by_key, segment_ids):
+    """The Pallas flash kernel; padding and masked keys are a segment that no query is in."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    b, n, a, width = q.shape
+    m = k.shape[1]
+    (to_n, block_n), (to_m, block_m) = _tpu_block(n), _tpu_block(m)
+    q_ids = jnp.ones((b, n), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32) + 1
+    k_ids = jnp.ones((b, m), jnp.int32) if segment_ids is None else q_ids
+    if by_key is not None:
+        k_ids = jnp.where(by_key, k_ids, 0)
+    masked = by_key is not None or segment_ids is not None or to_m > m
+    q_ids, k_ids = _pad_tokens(q_ids, to_n, 1), _pad_tokens(k_ids, to_m, 1)
+    q = _pad_tokens(q.transpose(0, 2, 1, 3), to_n, 2)
+    k, v = (_pad_tokens(x.transpose(0, 2, 1, 3), to_m, 2) for x in (k, v))
+    blocks = flash.BlockSizes(
+        block_b=1,
+        **dict.fromkeys(("block_q", "block_q_major_dkv", "block_q_dkv", "block_q_dq"), block_n),
+        **dict.fromkeys(("block_k_major", "block_k", "block_k_major_dkv", "block_k_dkv"), block_m),
+        **dict.fromkeys(("block_k_major_dq", "block_k_dq"), block_m),
+    )
+
+    def kernel(q, k, v, q_ids, k_ids):
+        ids = flash.SegmentIds(q=q_ids, kv=k_ids) if masked else None
+        return flash.flash_attention(q, k, v, segment_ids=ids, sm_scale=width**-0.5, block_sizes=blocks)
+
+    # The compiler cannot split a kernel, so it is told: rows over the batch axes, heads over `tensor`.
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        rows = tuple(x for x in BATCH_AXES if mesh.shape.get(x, 1) > 1)
+        rows = rows if rows and b % math.prod(mesh.shape[x] for x in rows) == 0 else None
+        heads = "tensor" if mesh.shape.get("tensor", 1) > 1 and a % mesh.shape["tensor"] == 0 else None
+        spec, ids = jax.sharding.PartitionSpec(rows, heads), jax.sharding.PartitionSpec(rows)
+        kernel = jax.shard_map(kernel, in_specs=(spec, spec, spec, ids, ids), out_specs=spec, check_vma=False)
+    return kernel(q, k, v, q_ids, k_ids)[:, :, :n].transpose(0, 2, 1, 3)

@@ -1,0 +1,99 @@
+"""Pre-norm transformer blocks as vision transformers have them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from jaxmed.core.sharding import constrain
+from jaxmed.models.layers.attention import attend, attend_with_weights
+from jaxmed.models.layers.posemb import rotate
+
+# PyTorch's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations: a plain normal.
+KERNEL_INIT = nn.initializers.normal(0.02)
+
+
+def layer_norm(eps: float, dtype, name: str) -> nn.LayerNorm:
+    """Two-pass statistics in float32 (the fast formula loses digits on inputs far from zero)."""
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def torch_uniform(fan_in: int):
+    """PyTorch's default initialiser of linear and convolution kernels and biases: uniform in +-1/sqrt(fan in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (erf), linear."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+        width = x.shape[-1]
+        x = nn.Dense(self.hidden, kernel_init=KERNEL_INIT, dtype=self.dtype, name="fc1")(x)
+        x = nn.gelu(x, approximate=False)
+        return nn.Dense(width, kernel_init=KERNEL_INIT, dtype=self.dtype, name="fc2")(x)
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection to queries, keys and values."""
+
+    heads: int
+    impl: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n e"], *, mask=None, rotary=None, probe=None):
+        """`rotary` = (cosine, sine) by token; with `probe` (added to the weights) also returns the weights."""
+        b, n, width = x.shape
+        qkv = nn.Dense(3 * width, kernel_init=KERNEL_INIT, dtype=self.dtype, name="qkv")(x)
+        q, k, v = (
+            constrain(y.reshape(b, n, self.heads, -1), "batch", None, "heads", None) for y in jnp.split(qkv, 3, axis=-1)
+        )
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        weights = None
+        if probe is None:
+            y = attend(q, k, v, mask=mask, impl=self.impl)
+        else:
+            y, weights = attend_with_weights(q, k, v, mask=mask, add=probe)
+        y = nn.Dense(width, kernel_init=KERNEL_INIT, dtype=self.dtype, name="proj")(y.reshape(b, n, width))
+        return (y, weights) if probe is not None else y
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `drop` is what each of the two branches is multiplied by, per row: 0, or 1 / keep probability.
+    """
+
+    heads: int
+    mlp_ratio: float = 4.0
+    eps: float = 1e-6
+    impl: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n e"],
+        mask: Bool[Array, "b n"] | None = None,
+        rotary: tuple[Float[Array, "#b n k"], Float[Array, "#b n k"]] | None = None,
+        drop: tuple[Float[Array, "b"], Float[Array, "b"]] | None = None,
+        probe: Float[Array, "b a n n"] | None = None,
+    ):
+        def branch(y, i):
+            return y if drop is None else y * drop[i][:, None, None].astype(y.dtype)
+
+        y = layer_norm(self.eps, self.dtype, "norm1")(x)
+        y = Attention(self.heads, self.impl, self.dtype, name="attn")(y, mask=mask, rotary=rotary, probe=probe)
+        y, weights = y if probe is not None else (y, None)
+        x = x + branch(y, 0)
+        y = layer_norm(self.eps, self.dtype, "norm2")(x)
+        x = x + branch(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y), 1)
+        return (x, weights) if probe is not None else x
