@@ -1,0 +1,137 @@
+"""One study to one record: what a worker does, knowing nothing but its job and the study."""
+
+import dataclasses
+import errno
+import hashlib
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmed.core.errors import UserError
+from jaxmed.data.record import encode
+from jaxmed.prep import recipes, scan
+
+# What the writing half refuses, besides `scan.REASONS`.
+REASONS = {
+    **scan.REASONS,
+    "wrong-modality": "the recipe does not take scans of this modality",
+    "constant": "every voxel has the same value",
+    "failed": "an error of prep itself, please report it; the study's other series are kept",
+    "worker-died": "the process that read this study died, most often for lack of memory or in a decoder",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker needs to know to turn a study into a record."""
+
+    recipe: recipes.Recipe
+    read: scan.ReadOptions
+    codec: str = "raw"
+    split: tuple[tuple[str, float], ...] = (("train", 1.0),)
+
+
+@dataclasses.dataclass
+class Converted:
+    """A study after its recipe: the record's bytes (None if nothing was usable) and what to report."""
+
+    data: bytes | None
+    scans: int
+    rejects: list[dict[str, Any]]
+    notes: list[dict[str, Any]]
+
+
+def convert(job: Job, study: scan.RawStudy) -> Converted:
+    """Reads every series of a study, applies the recipe, encodes the record. Runs in a worker; knows no global state.
+
+    Raises:
+      OSError: the disk of the temporary files is full. Everything else is a reject.
+    """
+    stored: list[dict[str, Any]] = []
+    rejects: list[scan.Reject] = []
+    notes: list[dict[str, Any]] = []
+    for series in study.series:
+        shown, files = series.files[0].shown, len(series.files)
+        try:
+            raws, refused = scan.read_scans(series, job.read)
+            rejects += refused
+            while raws:  # one at a time, so that the voxels of those done can go
+                raw = raws.pop(0)
+                notes += [{"study": study.key, "path": shown, "scan": raw.name, **note} for note in raw.notes]
+                if problem := _unfit(job.recipe, raw):
+                    rejects.append(scan.Reject(shown, *problem, "series", files))
+                else:
+                    stored += recipes.apply(job.recipe, raw)
+        except MemoryError:
+            rejects.append(scan.Reject(shown, "too-large", "does not fit into memory", "series", files))
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+                raise
+            rejects.append(scan.Reject(shown, "failed", where(e), "series", files))
+    if not stored:
+        rejects.append(scan.Reject(study.key, "no-images", "none of its series gave a scan", "study", 0))
+        return Converted(None, 0, [dataclasses.asdict(r) for r in rejects], notes)
+    study_record = {
+        "key": study.key,
+        "patient": study.patient,
+        "sentences": study.sentences,
+        "labels": study.labels,
+        "split": study.split or split_of(study.patient, job.split),
+    }
+    try:
+        data = encode({**study_record, "scans": recipes.one_dtype(stored)}, job.codec)
+    except Exception as e:
+        rejects.append(scan.Reject(study.key, "failed", where(e), "study", 0))
+        return Converted(None, 0, [dataclasses.asdict(r) for r in rejects], notes)
+    return Converted(data, len(stored), [dataclasses.asdict(r) for r in rejects], notes)
+
+
+def _unfit(recipe: recipes.Recipe, raw: scan.RawScan) -> tuple[str, str] | None:
+    if recipe.modalities and raw.modality not in recipe.modalities:
+        taken = " and ".join(m or "unnamed" for m in recipe.modalities)
+        return "wrong-modality", f"{raw.modality or 'unnamed'}; recipe {recipe.name} takes {taken}"
+    if raw.voxels.ndim != 3:
+        return "inconsistent", f"{raw.voxels.ndim} axes; a scan has 3"
+    if raw.voxels.min() == raw.voxels.max():
+        return "constant", f"shape {'x'.join(map(str, raw.voxels.shape))}"
+    return None
+
+
+def where(error: BaseException) -> str:
+    """Kind and place of an error. Not its message: that may quote a header or a path."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return type(error).__name__ + place
+
+
+def split_of(patient: str, split: Sequence[tuple[str, float]]) -> str:
+    """The split of a patient: a hash of the (already salted) patient against the cumulated shares."""
+    at = int(hashlib.sha256(f"split:{patient}".encode()).hexdigest()[:13], 16) / 16**13
+    for name, share in split:
+        at -= share
+        if at < 0:
+            return name
+    return split[-1][0]
+
+
+def parse_split(text: str) -> tuple[tuple[str, float], ...]:
+    """`train=0.8,val=0.1,test=0.1` as pairs; a bare name is everything.
+
+    Raises:
+      UserError: not of that form, a name twice, or the shares do not sum to 1.
+    """
+    pairs = []
+    for part in text.split(","):
+        name, _, share = (p.strip() for p in part.partition("="))
+        try:
+            pairs.append((name, float(share) if share else 1.0))
+        except ValueError:
+            pairs.append(("", 0.0))
+    names = [n for n, _ in pairs]
+    shares = [s for _, s in pairs]
+    good = all(re.fullmatch(r"\w+", n) for n in names) and len(set(names)) == len(names)
+    if not good or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"--split={text}: give names and shares that sum to 1, e.g. train=0.8,val=0.1,test=0.1")
+    return tuple(pairs)

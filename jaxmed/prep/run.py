@@ -1,0 +1,357 @@
+"""Studies to shards: planned, parallel, restartable, and a report of everything that was left out.
+
+    OUT/shard-*.array_record, shard-*.json, index.npz, dataset.json     the data set (see `data.shards`)
+    OUT/prep_report.json                                                what was refused, and why
+    OUT/.prep/                                                          private: keep it, never pass it on
+        salt         secret of the study keys, unless given by file or environment
+        run.json     the arguments, so that a restart with others is noticed
+        part-*.json  what the report says about the studies of one shard
+
+Which study goes into which shard is decided from the sorted list of studies before any voxel is read, and shards are
+written one after another in that order. So the bytes of a shard do not depend on the number of workers nor on where an
+earlier run was killed; shards that are whole are never written again.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import secrets
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxmed.core.errors import UserError
+from jaxmed.data import shards
+from jaxmed.data.record import CODECS
+from jaxmed.prep import discover, recipes, scan
+from jaxmed.prep.convert import REASONS, Converted, Job, convert, parse_split, where
+from jaxmed.prep.pool import Died, Failed, Pool
+
+REPORT = "prep_report.json"
+PRIVATE = ".prep"
+SALT_VARIABLE = "JAXMED_PREP_SALT"
+
+
+def plan_shards(
+    studies: Sequence[scan.RawStudy], recipe: recipes.Recipe, *, shard_mb: int, shard_studies: int = 0
+) -> list[range]:
+    """Consecutive ranges of the sorted studies, one per shard.
+
+    Args:
+      shard_mb: aimed size. Estimated from the number of series and the recipe's grid; medical volumes pack to about
+        a half; scans that the recipe does not bring to one size count as 16 MB.
+      shard_studies: if not 0, exactly so many studies per shard instead.
+    """
+    if shard_studies:
+        return [range(i, min(i + shard_studies, len(studies))) for i in range(0, len(studies), shard_studies)]
+    each = (recipe.scan_bytes() or 16 << 20) / 2
+    found, first, size = [], 0, 0.0
+    for i, study in enumerate(studies):
+        size += each * len(study.series)
+        if size >= shard_mb << 20:
+            found.append(range(first, i + 1))
+            first, size = i + 1, 0.0
+    return [*found, range(first, len(studies))] if first < len(studies) else found
+
+
+def find_salt(out: Path, salt_file: str | None, *, create: bool) -> str:
+    """The secret of the study keys: from a file, else the environment, else `OUT/.prep/salt`, made there if absent.
+
+    Raises:
+      UserError: the file cannot be read or holds fewer than 8 characters.
+    """
+    own = out / PRIVATE / "salt"
+    if salt_file:
+        where, path = f"--salt-file={salt_file}", Path(salt_file)
+    elif SALT_VARIABLE in os.environ:
+        where, path = f"environment variable {SALT_VARIABLE}", None
+    else:
+        where, path = str(own), own
+        if not own.exists():
+            salt = secrets.token_hex(32)
+            if create:
+                descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w") as f:
+                    f.write(salt)
+            return salt
+    try:
+        salt = os.environ[SALT_VARIABLE].strip() if path is None else path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{where}: cannot be read ({type(e).__name__})") from None
+    if len(salt) < 8:
+        raise UserError(f"{where}: a salt has at least 8 characters; `openssl rand -hex 32` makes a good one")
+    return salt
+
+
+@dataclasses.dataclass
+class Summary:
+    """What the last table shows."""
+
+    studies_found: int
+    studies: int
+    scans: int
+    shards: int
+    bytes: int
+    rejected: Counter
+    noted: Counter
+    seconds: float
+    report: Path | None
+
+
+def prepare(
+    sources: Sequence[str],
+    out: str | os.PathLike,
+    *,
+    recipe: recipes.Recipe,
+    read: dict[str, Any] | None = None,
+    manifest: str | None = None,
+    report: str = "sentences",
+    name: str = "",
+    codec: str = "raw",
+    split: str = "train",
+    paths: str = "redact",
+    salt_file: str | None = None,
+    shard_mb: int = 256,
+    shard_studies: int = 0,
+    workers: int = 1,
+    dry_run: bool = False,
+) -> Summary:
+    """From raw scans to a finished data set folder; running it again continues, or finds nothing left to do.
+
+    Args:
+      sources, manifest, paths: see `discover.find_studies`.
+      out: folder of the data set.
+      recipe: see `recipes.get`.
+      read: see `recipes.read_options`.
+      report: how the manifest's columns become text, one of `text.FORMS`.
+      name: of the data set; default: the folder's.
+      codec: see `data.record`.
+      split: shares of the patients whose manifest row names no split, see `parse_split`.
+      salt_file: see `find_salt`.
+      shard_mb, shard_studies: see `plan_shards`.
+      workers: processes; 0 = this one (then a decoder that crashes takes everything with it).
+      dry_run: only look for studies; nothing is written.
+
+    Raises:
+      UserError: arguments that are wrong or differ from those that `out` was begun with, nothing usable, another prep
+        at work in `out`, a full disk.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    read = recipes.read_options(recipe) if read is None else dict(read)
+    if codec not in CODECS:
+        raise UserError(f"--codec={codec}: choose one of {', '.join(CODECS)}")
+    shares = parse_split(split)
+    fields = {f.name for f in dataclasses.fields(scan.ReadOptions)}
+    job = Job(recipe, scan.ReadOptions(**{k: v for k, v in read.items() if k in fields}), codec, shares)
+    with contextlib.ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(_own(out))
+        salt = find_salt(out, salt_file, create=not dry_run)
+        pool = stack.enter_context(Pool(workers))
+        studies, rejects = discover.find_studies(
+            sources,
+            salt=salt,
+            manifest=manifest,
+            report=report,
+            skip_names=read["skip_names"],
+            paths=paths,
+            map_fn=functools.partial(_map, pool),
+        )
+        found = [dataclasses.asdict(r) for r in rejects]
+        plan = plan_shards(studies, recipe, shard_mb=shard_mb, shard_studies=shard_studies)
+        if dry_run:
+            reasons = Counter(r["reason"] for r in found)
+            seconds = time.monotonic() - started
+            return Summary(len(studies), 0, 0, len(plan), 0, reasons, Counter(), seconds, None)
+        arguments = {
+            "recipe": recipe.describe(),
+            "read": read,
+            "report": report,
+            "codec": codec,
+            "split": dict(shares),
+            "name": name or out.resolve().name,
+            "salt": scan.salted_hash(salt, "jaxmed prep"),
+            "shards": [len(r) for r in plan],
+            "sources": _digest(studies),
+        }
+        _same_run(out, arguments)
+        _write_shards(out, job, studies, plan, pool)
+        parts = [_part(out, i) for i in range(len(plan))]
+        summary = _write_report(out, arguments, len(studies), found, parts)
+    if not summary.studies:
+        top = ", ".join(f"{reason} ({n})" for reason, n in summary.rejected.most_common(3))
+        raise UserError(f"{out}: no usable study among the sources; {REPORT} there says why: {top or 'no file at all'}")
+    stored = {k: arguments[k] for k in ("read", "report", "split")}
+    shards.finish(out, arguments["name"], {**arguments["recipe"], **stored})
+    return dataclasses.replace(summary, seconds=time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _own(out: Path) -> Iterator[None]:
+    """Makes the folder ours for the time being, and removes what a killed run left half-written."""
+    private = out / PRIVATE
+    try:
+        private.mkdir(parents=True, exist_ok=True)
+        private.chmod(0o700)
+        lock = open(private / "lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as e:
+        raise UserError(f"--out={out}: cannot be written ({e.strerror}); choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"--out={out}: another prep is at work there; wait for it or choose another folder"
+            ) from None
+        for half in [*out.glob(".*.tmp"), *private.glob(".*.tmp")]:
+            half.unlink()
+        yield
+
+
+def _map(pool: Pool, function, items) -> Iterator[Any]:
+    """`map` over the pool for the reading of headers."""
+    for _, result in pool.run(function, items, look_ahead=64):
+        if isinstance(result, Failed):
+            raise result.error
+        if isinstance(result, Died):
+            raise UserError(f"a process that reads headers died ({result.how}); run again with fewer --workers")
+        yield result
+
+
+def _digest(studies: Sequence[scan.RawStudy]) -> str:
+    """Hash of everything about the studies that ends up in shards or decides what does."""
+    known = [
+        [s.key, s.patient, [[r.key, len(r.files)] for r in s.series], s.sentences, sorted(s.labels.items()), s.split]
+        for s in studies
+    ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _same_run(out: Path, arguments: dict[str, Any]) -> None:
+    """Refuses to continue what was begun with other arguments; notes them if this is the beginning."""
+    path = out / PRIVATE / "run.json"
+    arguments = json.loads(json.dumps(arguments))
+    if not path.exists():
+        if shards.sidecars(out):
+            raise UserError(f"--out={out}: holds shards that this command did not write; choose another folder")
+        shards.write_file(path, json.dumps(arguments, indent=1).encode())
+        return
+    before = json.loads(path.read_text())
+    different = [k for k in arguments if arguments[k] != before.get(k)]
+    if not different:
+        return
+    what = {
+        "recipe": lambda: "--recipe (" + ", ".join(_changes(before["recipe"], arguments["recipe"])) + ")",
+        "read": lambda: "--read (" + ", ".join(_changes(before["read"], arguments["read"])) + ")",
+        "salt": lambda: "the salt",
+        "sources": lambda: "the sources or the manifest (other studies, reports, labels or splits)",
+        "shards": lambda: "the sources, --shard-mb or --shard-studies",
+    }
+    first = different[0] if different[0] != "shards" or "sources" not in different else "sources"
+    said = what.get(first, lambda: f"--{first} ({before.get(first)} then, {arguments[first]} now)")()
+    raise UserError(
+        f"--out={out} was begun with other arguments; different: {said}. Repeat the old ones to continue, or choose "
+        "another folder"
+    )
+
+
+def _changes(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in [*old, *[k for k in new if k not in old]] if old.get(k) != new.get(k)]
+        return [c for k in keys for c in _changes(old.get(k), new.get(k), k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [c for a, b in zip(old, new) if a != b for c in _changes(a, b, where)]
+    return [f"{where} {old} then, {new} now"]
+
+
+def _part(out: Path, number: int) -> dict[str, Any]:
+    return json.loads((out / PRIVATE / f"part-{number:05d}.json").read_text())
+
+
+def _write_shards(out: Path, job: Job, studies: Sequence, plan: Sequence[range], pool: Pool) -> None:
+    """Converts what no whole shard holds yet. The part of the report goes first, the shard makes it count."""
+    whole = {s["file"]: s["records"] for s in shards.sidecars(out)}
+
+    def done(number: int) -> bool:
+        try:
+            part = _part(out, number)
+        except (OSError, ValueError):
+            return False
+        return whole.get(shards.shard_name(number), 0) == part["studies"]
+
+    todo = [i for i in range(len(plan)) if not done(i)]
+    kept = sum(len(r) for r in plan) - sum(len(plan[i]) for i in todo)
+    results = pool.run(functools.partial(convert, job), (studies[i] for n in todo for i in plan[n]))
+    bar = tqdm(total=len(studies), initial=kept, desc="prep", unit="study", mininterval=0.5, file=sys.stderr)
+    with bar, contextlib.closing(results):
+        for number in todo:
+            part: dict[str, Any] = {"studies": 0, "scans": 0, "rejects": [], "notes": []}
+            with shards.ShardWriter(out, number, job.codec) as writer:
+                for _ in plan[number]:
+                    result = _settled(*next(results))
+                    if result.data is not None:
+                        writer.add(result.data)
+                        part["studies"] += 1
+                    part["scans"] += result.scans
+                    part["rejects"] += result.rejects
+                    part["notes"] += result.notes
+                    bar.update()
+                shards.write_file(out / PRIVATE / f"part-{number:05d}.json", json.dumps(part).encode())
+
+
+def _settled(study: scan.RawStudy, result: Any) -> Converted:
+    """The result of a study whose worker may have died or failed: that costs the study, nothing else."""
+    if isinstance(result, Converted):
+        return result
+    if isinstance(result, Failed) and isinstance(result.error, OSError):
+        raise UserError(
+            f"the folder for temporary files ({tempfile.gettempdir()}) is full: free space or set TMPDIR, then run the "
+            "same command again (whole shards are kept)"
+        )
+    reason, detail = ("worker-died", result.how) if isinstance(result, Died) else ("failed", where(result.error))
+    files = sum(len(s.files) for s in study.series)
+    return Converted(None, 0, [dataclasses.asdict(scan.Reject(study.key, reason, detail, "study", files))], [])
+
+
+def _write_report(
+    out: Path, arguments: dict[str, Any], found: int, rejects: list[dict[str, Any]], parts: list[dict[str, Any]]
+) -> Summary:
+    """`prep_report.json`: the same bytes whether the run was straight or resumed."""
+    rejects = rejects + [r for part in parts for r in part["rejects"]]
+    notes = [n for part in parts for n in part["notes"]]
+    rejected, noted = Counter(r["reason"] for r in rejects), Counter(n["reason"] for n in notes)
+    written = shards.sidecars(out)
+    summary = Summary(
+        studies_found=found,
+        studies=sum(p["studies"] for p in parts),
+        scans=sum(p["scans"] for p in parts),
+        shards=len(written),
+        bytes=sum(s["bytes"] for s in written),
+        rejected=rejected,
+        noted=noted,
+        seconds=0.0,
+        report=out / REPORT,
+    )
+    counts = {k: getattr(summary, k) for k in ("studies_found", "studies", "scans", "shards", "bytes")}
+    content = {
+        "schema": 1,
+        "name": arguments["name"],
+        "recipe": arguments["recipe"]["name"],
+        "counts": {**counts, "rejected": dict(sorted(rejected.items())), "noted": dict(sorted(noted.items()))},
+        "reasons": {reason: REASONS.get(reason, "") for reason in sorted({*rejected, *noted})},
+        "rejects": rejects,
+        "notes": notes,
+    }
+    shards.write_file(summary.report, (json.dumps(content, indent=1) + "\n").encode())
+    return summary
