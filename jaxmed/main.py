@@ -4,13 +4,12 @@ The same command again goes on where the last one stopped. With several processe
 hosts) start the same command on each, with `--multihost`.
 """
 
-import logging
 import os
 import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jaxmed import train
@@ -36,8 +35,7 @@ def main(argv) -> int:
     cache = str(workdir / "xla_cache") if _CACHE.value is None else _CACHE.value
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
-    for name in ("absl", "jax._src.compiler"):  # orbax and the cache tell a user nothing that he can act upon
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.set_verbosity(logging.ERROR)  # what orbax and jax log below that, a user can do nothing about
 
     config = Config(_CONFIG.value.to_dict())
     report = config.get("report")

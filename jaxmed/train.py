@@ -49,16 +49,19 @@ def run(config: Config, workdir: Path, *, say: Callable[[str], None] = print) ->
       UserError: a field of the config, a shard or a checkpoint is bad; the message says which and what to do.
     """
     mesh = sharding.make_mesh(config.get("mesh"))
+    peak = peak_flops(mesh)
     with jax.set_mesh(mesh):
-        return _run(config, Path(workdir), mesh, say if jax.process_index() == 0 else lambda line: None)
+        return _run(config, Path(workdir), mesh, peak, say if jax.process_index() == 0 else lambda line: None)
 
 
-def _run(config: Config, workdir: Path, mesh, say) -> dict[str, Any]:
+def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any]:
     started = time.perf_counter()
     first = jax.process_index() == 0
     workdir.mkdir(parents=True, exist_ok=True)
     seed = config.get("seed", 0)
-    log = config.get("log", Config({}))
+    log, ckpt = config.get("log", Config({})), config.get("ckpt", Config({}))
+    log_every, save_every = log.get("every_steps", 50), ckpt.get("every_steps", 1000)
+    tensorboard = log.get("tensorboard", False)
     say(f"{len(mesh.devices.ravel())} x {mesh.devices.ravel()[0].device_kind}, mesh {dict(mesh.shape)}")
 
     # ---- Data. Every batch is a pure function of (plan, step): no iterator has a state.
@@ -67,7 +70,15 @@ def _run(config: Config, workdir: Path, mesh, say) -> dict[str, Any]:
             call(load("data.sources", config.source.name).make, config.source, skip=("name",))
         barrier("source")
     pipeline = load("data", "pipeline")
-    stream = call(pipeline.make, config.input, seed=seed, mesh=mesh, train=True)
+    microbatches = config.get("accumulate", 1)
+    stream = call(
+        pipeline.make,
+        config.input,
+        seed=seed,
+        train=True,
+        sharding=sharding.batch_sharding(mesh),
+        multiple_of=sharding.batch_size_multiple(mesh) * microbatches,
+    )
     total_steps = config.get("total_steps")
     if (total_steps is None) == (config.get("total_epochs") is None):
         raise UserError("give either config.total_steps or config.total_epochs")
@@ -96,7 +107,6 @@ def _run(config: Config, workdir: Path, mesh, say) -> dict[str, Any]:
     abstract_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, state_shardings
     )
-    ckpt = config.get("ckpt", Config({}))
     checkpoints = Checkpoints(workdir / "checkpoints", keep=ckpt.get("keep", 2))
     init_from = config.get("init_from")
     identity = {"plan_hash": stream.plan_hash, "total_steps": total_steps, "seed": seed}
@@ -115,15 +125,6 @@ def _run(config: Config, workdir: Path, mesh, say) -> dict[str, Any]:
     say(f"{num_params:,} parameters, of which {frozen:,} frozen; {total_steps} steps in {len(stream.spec)} bucket(s)")
 
     # ---- Update: the only place where parameters change.
-    microbatches = config.get("accumulate", 1)
-    for bucket, spec in stream.spec.items():
-        rows, multiple = spec["_mask"].shape[0], sharding.batch_size_multiple(mesh) * microbatches
-        if rows % multiple:
-            raise UserError(
-                f"config.input.batch_size: {rows} rows (bucket {bucket}) do not divide by {multiple} "
-                f"(mesh data x fsdp = {sharding.batch_size_multiple(mesh)}, accumulate = {microbatches})"
-            )
-
     def update_fn(train_state, batch, rng):
         params, opt, aux, step = (train_state[k] for k in ("params", "opt", "aux", "step"))
         (loss, (aux, measurements)), grads = accumulate.value_and_grad(
@@ -141,14 +142,6 @@ def _run(config: Config, workdir: Path, mesh, say) -> dict[str, Any]:
         }
         return {"params": params, "opt": opt, "aux": aux, "step": step + 1}, measurements
 
-    # ---- One executable per bucket, all compiled before the first step; another shape is then an error by itself.
-    rng_loop = jax.device_put(rng_loop, sharding.replicated(mesh))
-    update = {}
-    if start_step < total_steps:
-        compiling = time.perf_counter()
-        update = compile_buckets(update_fn, abstract_state, state_shardings, stream.spec, rng_loop, mesh)
-        say(f"compiled {len(update)} bucket(s) in {time.perf_counter() - compiling:.1f} s")
-
     # ---- Evaluators know predict functions, never a model.
     predict_fns = {
         name: jax.jit(lambda state, batch, fn=fn: fn(state["params"], state["aux"], batch))
@@ -158,6 +151,14 @@ def _run(config: Config, workdir: Path, mesh, say) -> dict[str, Any]:
     unread = config.unread()
     if unread:
         raise UserError(f"{unread[0]} is never read: it is misspelt or does not belong to this config")
+
+    # ---- One executable per bucket, all compiled before the first step; another shape is then an error by itself.
+    rng_loop = jax.device_put(rng_loop, sharding.replicated(mesh))
+    update = {}
+    if start_step < total_steps:
+        compiling = time.perf_counter()
+        update = compile_buckets(update_fn, abstract_state, state_shardings, stream.spec, rng_loop, mesh)
+        say(f"compiled {len(update)} bucket(s) in {time.perf_counter() - compiling:.1f} s")
 
     def evaluate(step: int) -> dict[str, float]:
         values = {}
@@ -170,9 +171,8 @@ def _run(config: Config, workdir: Path, mesh, say) -> dict[str, Any]:
     # ---- Loop.
     if first:
         metrics.write_json(workdir / "config.json", config.to_dict())
-    writer = metrics.Writer(workdir, start_step=start_step, tensorboard=log.get("tensorboard", False), active=first)
-    log_every, save_every = log.get("every_steps", 50), ckpt.get("every_steps", 1000)
-    clock = Clock(start_step=start_step, total_steps=total_steps, peak=peak_flops(mesh))
+    writer = metrics.Writer(workdir, start_step=start_step, tensorboard=tensorboard, active=first)
+    clock = Clock(start_step=start_step, total_steps=total_steps, peak=peak)
     evaluated: dict[str, float] = {}
     if start_step == 0:
         evaluated = evaluate(0)

@@ -13,7 +13,12 @@ class Evaluator:
     def __init__(self, predict_fns, *, mesh, outdir, input, kill_at=-1, signal_name="SIGKILL"):
         del outdir
         self._predict, self._mesh = predict_fns["embed_image"], mesh
-        self._stream = pipeline.make(**input, mesh=mesh, train=False)
+        self._stream = pipeline.make(
+            **input,
+            train=False,
+            sharding=sharding.batch_sharding(mesh),
+            multiple_of=sharding.batch_size_multiple(mesh),
+        )
         self._kill_at, self._signal = kill_at, getattr(signal, signal_name)
 
     def run(self, train_state):
