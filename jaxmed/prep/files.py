@@ -29,14 +29,17 @@ def walk(sources: Sequence[str | Path]) -> Iterator[FileRef | tuple[FileRef, Rej
     Raises:
       UserError: a source does not exist.
     """
+    used: dict[str, int] = {}
     for source in sources:
         root = Path(source)
         if not root.exists():
             raise UserError(f"prep: source {str(source)!r} does not exist; give a folder, a zip or an image file")
-        if root.is_file():
-            yield from _file(root, root.name)
-            continue
         base = root.resolve().name or "source"
+        used[base] = used.get(base, 0) + 1
+        base += f"#{used[base]}" if used[base] > 1 else ""
+        if root.is_file():
+            yield from _file(root, base)
+            continue
         for folder, subfolders, names in os.walk(root, followlinks=False):
             subfolders.sort()
             here = Path(folder)

@@ -84,6 +84,7 @@ REASONS = {
     # the manifest
     "row-without-study": "a manifest row that matches no study",
     "study-without-row": "a study that no manifest row matches",
+    "ambiguous-row": "a manifest row that matches several studies; joined to none",
 }
 
 
@@ -103,7 +104,7 @@ class Reject:
     path: str  # `FileRef.shown` of the (first) file, or the study key, or "manifest.csv:12"
     reason: str  # one of REASONS
     detail: str = ""
-    kind: str = "file"  # "file", "series", "study", "manifest" or "participant"
+    kind: str = "file"  # "file", "series", "study", "manifest", "participant" or "source"
     files: int = 1
 
 
