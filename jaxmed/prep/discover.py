@@ -50,6 +50,7 @@ def find_studies(
     *,
     salt: str,
     manifest: str | Path | None = None,
+    report: str = "sentences",
     skip_names: str = "seg|mask|label",
     paths: str = "redact",
     map_fn: Callable[[Callable, Iterable], Iterable] = map,
@@ -63,6 +64,7 @@ def find_studies(
       sources: files, folders (walked) and zips (members are read on demand, never extracted by name).
       salt: secret of the data set; the same salt gives the same keys.
       manifest: CSV, TSV, JSON or JSON lines file with reports, labels, splits (see `manifest.read_manifest`).
+      report: how the manifest's columns become text, one of `text.FORMS`.
       skip_names: regular expression; NIfTI and NRRD files whose name matches are masks ("" keeps all).
       paths: how places appear in rejects: "redact" replaces path components that hold an identifier known from the
         headers, a UID or a date by a hash; "hash" replaces all; "keep" none.
@@ -75,7 +77,7 @@ def find_studies(
       UserError: a source does not exist, the manifest cannot be read, or two of its rows contradict each other.
     """
     Shower(salt, paths, set())  # an unknown mode fails before hours of reading
-    rows = read_manifest(manifest) if manifest is not None else []
+    rows = read_manifest(manifest, report) if manifest is not None else []
     try:
         masks = re.compile(skip_names, re.I) if skip_names else None
     except re.error as e:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from jaxmed.core.errors import UserError
+from jaxmed.prep import text
 
 # Column (lower case, without spaces, dashes and underscores) -> meaning.
 _KEYS = {
@@ -46,7 +47,7 @@ class Row:
     labels: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def read_manifest(path: str | Path) -> list[Row]:
+def read_manifest(path: str | Path, report: str = "sentences") -> list[Row]:
     """Reads CSV, TSV, JSON (a list of objects) or JSON lines.
 
     A row finds its study by `path` (a file or folder, relative to the manifest or to a source), `StudyInstanceUID`,
@@ -55,12 +56,15 @@ def read_manifest(path: str | Path) -> list[Row]:
     object in JSON, are numbers (empty = missing; true/false, yes/no count as 1/0); `split` and `patient` are words;
     rows of the same `study` are one study. Other columns are ignored.
 
+    Args:
+      report: "sentences", or another of `text.FORMS` that composes the report from other columns.
+
     Raises:
       UserError: names the file, the line and the column.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"manifest {path}: the file does not exist") from None
     except (OSError, UnicodeDecodeError) as e:
@@ -69,22 +73,27 @@ def read_manifest(path: str | Path) -> list[Row]:
         ) from None
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".ndjson"):
-        records = _json(path, text, lines=suffix != ".json")
+        records = _json(path, content, lines=suffix != ".json")
     elif suffix in (".csv", ".tsv"):
-        records = _csv(path, text, "\t" if suffix == ".tsv" else None)
+        records = _csv(path, content, "\t" if suffix == ".tsv" else None)
     else:
         raise UserError(f"manifest {path}: unknown kind {suffix!r}; give .csv, .tsv, .json or .jsonl")
+    if report not in text.FORMS:
+        raise UserError(f"--report={report}: choose one of {', '.join(text.FORMS)}")
     rows = [_row(path, line, record) for line, record in records]
+    if report != "sentences":
+        for row, (line, record) in zip(rows, records):
+            row.sentences = text.compose(record, report, f"manifest {path}, line {line}")
     if not rows:
         raise UserError(f"manifest {path}: no rows; it needs a header line and one row per study")
     return rows
 
 
-def _csv(path: Path, text: str, delimiter: str | None) -> list[tuple[int, dict]]:
+def _csv(path: Path, content: str, delimiter: str | None) -> list[tuple[int, dict]]:
     if delimiter is None:
-        first = text.split("\n", 1)[0]
+        first = content.split("\n", 1)[0]
         delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     records: list[tuple[int, dict]] = []
     header: list[str] | None = None
     begin = 1
@@ -110,10 +119,10 @@ def _csv(path: Path, text: str, delimiter: str | None) -> list[tuple[int, dict]]
     return records
 
 
-def _json(path: Path, text: str, lines: bool) -> list[tuple[int, dict]]:
+def _json(path: Path, content: str, lines: bool) -> list[tuple[int, dict]]:
     records: list[tuple[int, object]] = []
     if lines:
-        for line, part in enumerate(text.splitlines(), 1):
+        for line, part in enumerate(content.splitlines(), 1):
             if part.strip():
                 try:
                     records.append((line, json.loads(part)))
@@ -123,7 +132,7 @@ def _json(path: Path, text: str, lines: bool) -> list[tuple[int, dict]]:
                     ) from None
     else:
         try:
-            found = json.loads(text)
+            found = json.loads(content)
         except json.JSONDecodeError as e:
             raise UserError(f"manifest {path}, line {e.lineno}, column {e.colno}: not valid JSON ({e.msg})") from None
         if not isinstance(found, list):
@@ -142,14 +151,14 @@ def _row(path: Path, line: int, record: dict) -> Row:
         label = _LABEL.fullmatch(str(column).strip())
         where = f"manifest {path}, line {line}, column {column!r}"
         if plain in _KEYS or plain in _OTHER:
-            text = "" if content is None else str(content).strip()
+            word = "" if content is None else str(content).strip()
             if isinstance(content, (dict, list)):
                 raise UserError(f"{where}: a word is needed, not {type(content).__name__}")
             meaning = _KEYS.get(plain, plain)
             if meaning == "session":
-                session = text
-            elif text:
-                setattr(row, meaning, text)
+                session = word
+            elif word:
+                setattr(row, meaning, word)
         elif plain in _REPORT:
             row.sentences = _sentences(where, content)
         elif label:
