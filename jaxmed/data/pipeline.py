@@ -1,4 +1,4 @@
-"""Plan -> Grain -> device: element k of a Grain `MapDataset` is the ready local batch of step k.
+"""Plan -> Grain: element k of a Grain `MapDataset` is the ready local batch of step k (numpy).
 
 There is no iterator state: resuming is starting at a step. Batches are the same for any number of workers, threads and
 processes, because nothing but the plan and the step decides them.
@@ -21,7 +21,7 @@ from jaxmed.data import plan as planning
 from jaxmed.data.plan import PAD, Bucket, Plan, Step
 from jaxmed.data.shards import open_dataset, split_ids
 
-# jax is imported where arrays are put on devices: worker processes import this module and need none of it.
+# jax is imported in `make` only: worker processes import this module and need none of it.
 
 
 class _Planned:
@@ -184,13 +184,6 @@ def rows_of(sharding, b: int) -> np.ndarray:
     return np.array(sorted(rows), np.int64)
 
 
-def put(batch: Mapping[str, np.ndarray], sharding) -> dict[str, Any]:
-    """Local numpy batch -> {key: global jax.Array}; `sharding` is a NamedSharding of the leading axis."""
-    import jax
-
-    return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
-
-
 def make(
     *,
     dir: str,
@@ -249,14 +242,16 @@ def make(
             raise UserError(f"input.source_options={dict(source_options)}: source 'shards' has no options")
         dataset = open_dataset(dir, verify)
     else:
-        dataset = load("data.sources", source).open_dataset(dir, **(source_options or {}))
+        opener = load("data.sources", source).open_dataset
+        _check_options(opener, source_options or {}, "source_options.", f"source {source!r}")
+        dataset = opener(dir, **(source_options or {}))
     shuffle = train if shuffle is None else shuffle
     if epochs is None and not train:
         epochs = 1
     buckets = {axis: tuple(sizes) for axis, sizes in buckets.items()}
-    made = _make_collate(collate, options)(
-        dataset, split_ids(dataset, split), train=train, seed=seed, buckets=buckets, **options
-    )
+    collate_maker = load("data.collate", collate).make
+    _check_options(collate_maker, options, "", f"collate {collate!r}")
+    made = collate_maker(dataset, split_ids(dataset, split), train=train, seed=seed, buckets=buckets, **options)
     arrange = {"mode": mode, "buckets": buckets, "shuffle": shuffle, "drop_remainder": drop_remainder, "seed": seed}
     planned = _Planned(
         made,
@@ -282,10 +277,10 @@ def make(
     )
 
 
-def _make_collate(name: str, options: Mapping[str, Any]):
-    """`make` of a collate module, after a check that it knows the options."""
-    function = load("data.collate", name).make
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+def _check_options(function, options: Mapping[str, Any], prefix: str, owner: str) -> None:
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    known = sorted({p.name for p in parameters} - {"train", "seed", "buckets"})
     if unknown := sorted(set(options) - set(known)):
-        raise UserError(f"input.{unknown[0]} is not an option of collate {name!r}; it has {', '.join(sorted(known))}")
-    return function
+        raise UserError(f"input.{prefix}{unknown[0]} is not an option of {owner}; it has {', '.join(known)}")
+    if missing := [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in options]:
+        raise UserError(f"{owner} needs input.{prefix}{missing[0]}")

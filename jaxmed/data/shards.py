@@ -132,6 +132,8 @@ class ShardWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.with_suffix(".json").unlink(missing_ok=True)  # from here on an old shard does not count
+            for killed in self.path.parent.glob(f".{self.path.stem}.*.tmp"):  # of a run that was killed
+                killed.unlink(missing_ok=True)
             self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), CODECS[codec].shard_options)
         except (OSError, RuntimeError) as e:
             raise _cannot_write(self.path, e) from e
@@ -192,7 +194,11 @@ class ShardWriter:
         except (RuntimeError, OSError) as e:
             self.abort()
             raise _cannot_write(self.path, e) from e
-        write_file(self.path.with_suffix(".json"), json.dumps(sidecar).encode())
+        try:
+            write_file(self.path.with_suffix(".json"), json.dumps(sidecar).encode())
+        except UserError:
+            self.path.unlink(missing_ok=True)
+            raise
         return self.path
 
     def abort(self) -> None:
