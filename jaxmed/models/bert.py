@@ -4,7 +4,6 @@ Devlin et al. 2018 (arXiv 1810.04805); poolers and projections as CLIP wrappers 
 Numerics: LayerNorm epsilon 1e-12, erf GELU, token type 0 always added, attention to ids != 0 only.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -85,30 +84,8 @@ def _attend_with_dropout(q, k, v, keep, rate, rng):
     return jnp.einsum("baqs,bsak->bqak", weights, v)
 
 
-def Model(variant: str | None = None, **fields) -> "Bert":
-    """The text tower of the sizes of `variant` (see `VARIANTS`), with `fields` of `Bert` changed or added.
-
-    Raises:
-      UserError: an unknown variant or field, one that is missing, or values that do not go together.
-    """
-    if variant is not None and variant not in VARIANTS:
-        raise UserError(f"bert: unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
-    fields = {**VARIANTS.get(variant, {}), **fields}
-    known = {name: f for name, f in Bert.__dataclass_fields__.items() if name not in ("parent", "name")}
-    for name in fields:
-        if name not in (*known, "parent", "name"):
-            raise UserError(f"bert: unknown field {name!r}; the fields are {', '.join(known)}")
-    for name, f in known.items():
-        if name not in fields and f.default is dataclasses.MISSING:
-            raise UserError(f"bert: field {name!r} is missing" + ("" if variant else "; or name a variant"))
-    fields["lora_targets"] = tuple(fields.get("lora_targets", Bert.lora_targets))
-    model = Bert(**fields)
-    model.check()
-    return model
-
-
-class Bert(nn.Module):
-    """ids (b, t) -> features (b, z), not normalised. Build it with `Model`, which checks the fields.
+class Model(nn.Module):
+    """ids (b, t) -> features (b, z), not normalised.
 
     Attributes:
       vocab_size, width, depth, heads, mlp_width, max_positions: sizes of the encoder; `heads` divides `width`.
@@ -123,6 +100,9 @@ class Bert(nn.Module):
       remat: what the backward pass recomputes: "none", "full" (each block) or "dots" (all but matrix products).
       attn_impl: see `layers.attention.attend`; not used where attention_dropout is active.
       dtype: of activations; norms, softmax and features are float32.
+
+    Raises:
+      UserError: fields that do not go together.
     """
 
     vocab_size: int
@@ -144,6 +124,32 @@ class Bert(nn.Module):
     attn_impl: str = "auto"
     dtype: Any = "float32"
 
+    def __post_init__(self):
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # a list, where it comes from JSON
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        def need(true, message):
+            if not true:
+                raise UserError(f"bert: {message}")
+
+        need(self.pooler in POOLERS, f"pooler={self.pooler!r} is not one of {', '.join(POOLERS)}")
+        need(self.projection in PROJECTIONS, f"projection={self.projection!r} is not one of {', '.join(PROJECTIONS)}")
+        unknown = sorted(set(self.lora_targets) - set(LORA_TARGETS))
+        need(not unknown, f"lora_targets={unknown} must be among {', '.join(LORA_TARGETS)}")
+        need(self.width % self.heads == 0, f"width={self.width} is not divisible by heads={self.heads}")
+        need(
+            self.projection != "none" or self.out_dim == self.width,
+            f"out_dim={self.out_dim}, but projection='none' gives the width, {self.width}",
+        )
+        need(self.remat in REMAT, f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
+        need(
+            not self.scan_blocks or self.remat != "none", "scan_blocks keeps every residual: set remat to full or dots"
+        )
+        need(self.attn_impl in IMPLS, f"attn_impl={self.attn_impl!r}: use {', '.join(IMPLS)}")
+
     @nn.compact
     def __call__(
         self, ids: Int[Array, "b t"], *, train: bool = False
@@ -160,9 +166,8 @@ class Bert(nn.Module):
                 f"texts of {ids.shape[1]} tokens are longer than model.text.max_positions={self.max_positions}; "
                 "shorten the texts of the input or use a tower with more positions"
             )
-        dtype = jnp.dtype(self.dtype)
         keep = ids != 0
-        x = self._embed(ids, train).astype(dtype)
+        x = self._embed(ids, train).astype(self.dtype)
         x = constrain(x, "batch", None, "embed")
         out = {"hidden_0": x}
         block = Block(
@@ -174,7 +179,7 @@ class Bert(nn.Module):
             self.lora_alpha,
             self.lora_targets if self.lora_rank else (),
             self.attn_impl,
-            dtype,
+            self.dtype,
             parent=None,
         )
         # A block is a pure function here, so that the same parameters can be looped over or stacked and scanned.
@@ -232,28 +237,6 @@ class Bert(nn.Module):
             x = linear((self.width + self.out_dim) // 2, name="proj_0")(x)
             x = linear(self.out_dim, name="proj_1")(nn.gelu(x, approximate=False))
         return x
-
-    def check(self) -> None:
-        """Raises `UserError` for fields that do not go together."""
-
-        def need(true, message):
-            if not true:
-                raise UserError(f"bert: {message}")
-
-        need(self.pooler in POOLERS, f"pooler={self.pooler!r} is not one of {', '.join(POOLERS)}")
-        need(self.projection in PROJECTIONS, f"projection={self.projection!r} is not one of {', '.join(PROJECTIONS)}")
-        unknown = sorted(set(self.lora_targets) - set(LORA_TARGETS))
-        need(not unknown, f"lora_targets={unknown} must be among {', '.join(LORA_TARGETS)}")
-        need(self.width % self.heads == 0, f"width={self.width} is not divisible by heads={self.heads}")
-        need(
-            self.projection != "none" or self.out_dim == self.width,
-            f"out_dim={self.out_dim}, but projection='none' gives the width, {self.width}",
-        )
-        need(self.remat in REMAT, f"remat={self.remat!r} is not one of {', '.join(REMAT)}")
-        need(
-            not self.scan_blocks or self.remat != "none", "scan_blocks keeps every residual: set remat to full or dots"
-        )
-        need(self.attn_impl in IMPLS, f"attn_impl={self.attn_impl!r}: use {', '.join(IMPLS)}")
 
 
 def lock_groups(

@@ -1,5 +1,6 @@
 """An image tower and a text tower with one shared embedding, and the scales of their similarity."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmed.core.config import did_you_mean
 from jaxmed.core.errors import UserError
 from jaxmed.core.load import load
 
@@ -21,18 +23,34 @@ def l2_normalize(x: Float[Array, "*n z"]) -> Float[Array, "*n z"]:
     return x / jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
-def make_tower(side: str, sizes: Mapping[str, Any]) -> nn.Module:
-    """`jaxmed.models.<name>.Model` with the other entries of `sizes` as its fields.
+def make_tower(side: str, fields: Mapping[str, Any]) -> nn.Module:
+    """`jaxmed.models.<name>.Model` with the fields of one of that module's VARIANTS and the others of `fields`.
 
     Raises:
-      UserError: no name, or what that module says about its fields.
+      UserError: names the field config.model.<side>.* that is missing or unknown, or does not go with the others.
     """
-    sizes = dict(sizes)
-    if "name" not in sizes:
+    fields = dict(fields)
+    if "name" not in fields:
         raise UserError(f"config.model.{side}.name is missing; it names a module in jaxmed/models: 'hlip', 'bert', ...")
-    module = load("models", sizes.pop("name"))
+    module = load("models", fields.pop("name"))
+    variant = fields.pop("variant", None)
+    if variant is not None and variant not in module.VARIANTS:
+        raise UserError(
+            f"config.model.{side}.variant: {variant!r} is not one of {', '.join(module.VARIANTS)}"
+            + did_you_mean(variant, module.VARIANTS)
+        )
+    values = {**(module.VARIANTS[variant] if variant else {}), **fields}
+    known = {k: f for k, f in module.Model.__dataclass_fields__.items() if k not in ("parent", "name")}
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"config.model.{side}.{key} is not an option{did_you_mean(key, known)} ({', '.join(known)})"
+            )
+    for key, field in known.items():
+        if key not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"config.model.{side}.{key} is missing" + ("" if variant else "; or name a variant"))
     try:
-        return module.Model(**sizes, name=side)
+        return module.Model(**values, name=side)
     except UserError as e:
         raise UserError(f"config.model.{side}: {e}") from None
 

@@ -53,7 +53,8 @@ def _over_chunks(body, carry, image, chunk_rows):
     return carry, jnp.swapaxes(y, 0, 1).reshape(-1)
 
 
-def _similarity(image, text):
+def similarity(image: Float[Array, "c z"], text: Float[Array, "b z"]) -> Float[Array, "c b"]:
+    """Cosines of normalised features, in full float32 on every backend."""
     return jnp.matmul(image, text.T, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -71,7 +72,7 @@ def _as_mask(mask, b):
     return jnp.ones((b,), bool) if mask is None else mask > 0
 
 
-def clip_loss(
+def clip_terms(
     image: Float[Array, "b z"],
     text: Float[Array, "b z"],
     scale: Float[Array, ""],
@@ -79,13 +80,13 @@ def clip_loss(
     mask: Float[Array, "b"] | None = None,
     reports: UInt[Array, "b k"] | None = None,
     chunk_rows: int = 0,
-) -> Float[Array, ""]:
-    """The mean of the cross-entropies over rows and over columns of scale * image text^T, the pairs on the diagonal.
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """The cross-entropies of every row and of every column of scale * image text^T, the pairs on the diagonal.
 
     Args:
       image, text: normalised, float32; row i of one belongs to row i of the other.
       scale: exp(logit_scale).
-      mask: rows with 0 are no positives and no negatives, as if they were not there.
+      mask: rows with 0 are no positives (their terms are 0) and no negatives, as if they were not there.
       reports: rows that are equal here have the same report, and are no negatives of each other.
       chunk_rows: 0, or how many rows of logits exist at once (divides b).
     """
@@ -96,17 +97,22 @@ def clip_loss(
     def body(columns, x):
         rows_image, rows = x
         keep, _ = _pairs(rows, mask, reports)
-        logits = jnp.where(keep, scale * _similarity(rows_image, text), MASKED)
+        logits = jnp.where(keep, scale * similarity(rows_image, text), MASKED)
         columns = jnp.logaddexp(columns, jax.nn.logsumexp(logits, axis=0))
         return columns, jax.nn.logsumexp(logits, axis=1)
 
     columns, rows = _over_chunks(body, jnp.full((b,), MASKED), image, chunk_rows)
     right = scale * (image * text).sum(-1)
-    losses = jnp.where(mask, 0.5 * (rows + columns) - right, 0.0)
-    return losses.sum() / jnp.maximum(mask.sum(), 1)
+    return jnp.where(mask, rows - right, 0.0), jnp.where(mask, columns - right, 0.0)
 
 
-def siglip_loss(
+def clip_loss(image, text, scale, *, mask=None, **options) -> Float[Array, ""]:
+    """The mean over rows and columns of `clip_terms` (same arguments)."""
+    rows, columns = clip_terms(image, text, scale, mask=mask, **options)
+    return 0.5 * (rows + columns).sum() / jnp.maximum(_as_mask(mask, image.shape[0]).sum(), 1)
+
+
+def siglip_terms(
     image: Float[Array, "b z"],
     text: Float[Array, "b z"],
     scale: Float[Array, ""],
@@ -115,10 +121,10 @@ def siglip_loss(
     mask: Float[Array, "b"] | None = None,
     reports: UInt[Array, "b k"] | None = None,
     chunk_rows: int = 0,
-) -> Float[Array, ""]:
-    """-sum log sigmoid(y (scale * cosine + bias)) / b over all pairs, y = 1 on the diagonal and -1 elsewhere.
+) -> Float[Array, "b"]:
+    """For every image, -sum log sigmoid(y (scale * cosine + bias)) over all texts, y = 1 for its own and -1 elsewhere.
 
-    Arguments as in `clip_loss`; b counts the rows that the mask keeps.
+    Arguments as in `clip_terms`.
     """
     mask = _as_mask(mask, image.shape[0])
     text = constrain(text, None, None)
@@ -126,11 +132,16 @@ def siglip_loss(
     def body(carry, x):
         rows_image, rows = x
         keep, own = _pairs(rows, mask, reports)
-        logits = scale * _similarity(rows_image, text) + bias
+        logits = scale * similarity(rows_image, text) + bias
         return carry, jnp.where(keep, jax.nn.softplus(jnp.where(own, -logits, logits)), 0.0).sum(1)
 
-    _, rows = _over_chunks(body, None, image, chunk_rows)
-    return rows.sum() / jnp.maximum(mask.sum(), 1)
+    return _over_chunks(body, None, image, chunk_rows)[1]
+
+
+def siglip_loss(image, text, scale, bias, *, mask=None, **options) -> Float[Array, ""]:
+    """The sum of `siglip_terms` (same arguments) over the number of images, not of pairs."""
+    rows = siglip_terms(image, text, scale, bias, mask=mask, **options)
+    return rows.sum() / jnp.maximum(_as_mask(mask, image.shape[0]).sum(), 1)
 
 
 def dual_loss(
@@ -177,7 +188,7 @@ def diagonal_accuracy(
     def body(columns, x):
         rows_image, rows = x
         keep, own = _pairs(rows, mask, reports)
-        others = jnp.where(keep & ~own, _similarity(rows_image, text), MASKED)
+        others = jnp.where(keep & ~own, similarity(rows_image, text), MASKED)
         return jnp.maximum(columns, others.max(0)), others.max(1)
 
     columns, rows = _over_chunks(body, jnp.full((b,), MASKED), image, chunk_rows)
