@@ -235,7 +235,8 @@ _ABBREVIATIONS = {
 def split_sentences(report: str) -> list[str]:
     """A report as sentences: split after . ! ? before a new start, at blank lines and at list items.
 
-    Decimals ("1.5 cm"), abbreviations and initials do not end a sentence; a line break inside a sentence is a blank.
+    Decimals ("1.5 cm"), abbreviations and initials do not end a sentence; a line break inside a sentence is a blank;
+    headings that stand alone ("IMPRESSION:") are dropped.
     """
     result: list[str] = []
     text = report.replace("\r\n", "\n").replace("\r", "\n")
@@ -253,4 +254,4 @@ def split_sentences(report: str) -> list[str]:
             result.append(block[start : match.end()])
             start = match.end() + 1
         result.append(block[start:])
-    return [s for s in (r.strip() for r in result) if re.search(r"\w", s)]
+    return [s for s in (r.strip() for r in result) if re.search(r"\w", s) and not re.fullmatch(r"[A-Z][A-Z /&-]*:", s)]
