@@ -106,7 +106,7 @@ def reorient(x: np.ndarray, affine: np.ndarray, axes: str, slice_first: bool = F
     "IPR" is the order of the reference's brain scans: head to foot, front to back, left to right.
 
     Args:
-      x: (d, h, w).
+      x: (d, h, w), or (d, h, w, c).
       affine: (4, 4) index -> RAS+ mm.
       axes: three of R/L, A/P, S/I.
       slice_first: then move the axis with the largest spacing to the front; of equal ones the first.
@@ -128,7 +128,7 @@ def reorient(x: np.ndarray, affine: np.ndarray, axes: str, slice_first: bool = F
     for new, (old, flip) in enumerate(zip(order, flips)):
         to_old[old, new] = -1 if flip else 1
         to_old[old, 3] = x.shape[old] - 1 if flip else 0
-    x = x.transpose(order)
+    x = x.transpose(*order, *range(3, x.ndim))
     return np.ascontiguousarray(x[tuple(slice(None, None, -1 if f else None) for f in flips)]), to_old
 
 

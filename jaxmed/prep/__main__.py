@@ -18,6 +18,10 @@ recipes (all their options: --list-recipes):
   --recipe.windows.blood=80,200, --recipe.modalities=CT. --read.OPTION=VALUE changes how files are read, e.g.
   --read.max_missing=0, --read.skip_names=mask. Both are stored with the shards.
 
+sources:
+  --source=tfds --source.dir=FOLDER --source.image=FIELD --source.text=FIELD makes shards of a TensorFlow Datasets set
+  that is stored as array_record (pip install 'jaxmed[tfds]'); other options are those of its open_dataset.
+
 identities:
   The keys of studies and patients are hashes with a secret, the salt: the same salt gives the same keys, without it
   nobody can compute them. It comes from --salt-file, else from the environment variable JAXMED_PREP_SALT, else it is
@@ -78,6 +82,7 @@ def _prep(argv: list[str]) -> int:
     add = parser.add_argument
     add("sources", nargs="*", metavar="SRC", help="folder, zip or image file")
     add("--out", metavar="DIR", help="folder of the data set")
+    add("--source", default="", metavar="NAME", help="a module of jaxmed/data/sources instead of SRC, see below")
     add("--manifest", metavar="FILE", help="CSV, TSV, JSON or JSON lines with reports, labels, splits of the studies")
     add("--report", metavar="FORM", default="sentences", choices=text.FORMS, help=f"text of a study: {forms}")
     add("--recipe", metavar="NAME", default="native", help="how scans are stored (default: native)")
@@ -95,15 +100,19 @@ def _prep(argv: list[str]) -> int:
     if args.list_recipes:
         print(json.dumps({r.name: {**r.describe(), "options": r.options} for r in recipes.RECIPES.values()}, indent=1))
         return 0
-    overrides: dict[str, list[tuple[str, str]]] = {"recipe": [], "read": []}
+    overrides: dict[str, list[tuple[str, str]]] = {"recipe": [], "read": [], "source": []}
     for extra in rest:
         key, equals, value = extra.removeprefix("--").partition("=")
         group, _, option = key.partition(".")
         if not extra.startswith("--") or group not in overrides or not option or not equals:
             parser.error(f"unknown argument {extra}; options of recipes are written --recipe.OPTION=VALUE")
         overrides[group].append((option, value))
-    if not args.sources:
-        parser.error("no source; give folders, zips or files with scans")
+    if bool(args.sources) == bool(args.source):
+        parser.error("give either folders, zips or files with scans, or --source=NAME")
+    if args.source and args.manifest:
+        parser.error("--manifest joins tables to files; a --source brings its own reports and labels")
+    if overrides["source"] and not args.source:
+        parser.error("--source.OPTION needs --source=NAME")
     if not args.out and not args.dry_run:
         parser.error("--out=DIR is missing")
     for flag, low in (("shard_mb", 1), ("shard_studies", 0), ("workers", 0)):
@@ -113,8 +122,9 @@ def _prep(argv: list[str]) -> int:
     read = recipes.read_options(recipe, overrides["read"])
     passed = {k: v for k, v in vars(args).items() if k not in ("sources", "out", "recipe", "list_recipes")}
 
-    from jaxmed.prep import run
+    from jaxmed.prep import run, sources
 
+    passed["source_options"] = sources.parse(overrides["source"])
     summary = run.prepare(args.sources, args.out or ".", recipe=recipe, read=read, **passed)
     _table(summary, args)
     return 0

@@ -1,17 +1,19 @@
 """One study to one record: what a worker does, knowing nothing but its job and the study."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmed.core.errors import UserError
 from jaxmed.data.record import encode
 from jaxmed.prep import recipes, scan
+from jaxmed.prep.sources import SourceStudy
 
 # What the writing half refuses, besides `scan.REASONS`.
 REASONS = {
@@ -52,48 +54,58 @@ def convert(job: Job, study: scan.RawStudy) -> Converted:
     stored: list[dict[str, Any]] = []
     rejects: list[scan.Reject] = []
     notes: list[dict[str, Any]] = []
-    for series in study.series:
-        shown, files = series.files[0].shown, len(series.files)
-        try:
-            raws, refused = scan.read_scans(series, job.read)
-            rejects += refused
-            while raws:  # one at a time, so that the voxels of those done can go
-                raw = raws.pop(0)
-                notes += [{"study": study.key, "path": shown, "scan": raw.name, **note} for note in raw.notes]
-                if problem := _unfit(job.recipe, raw):
-                    rejects.append(scan.Reject(shown, *problem, "series", files))
-                else:
-                    stored += recipes.apply(job.recipe, raw)
-        except MemoryError:
-            rejects.append(scan.Reject(shown, "too-large", "does not fit into memory", "series", files))
-        except Exception as e:
-            if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-                raise
-            rejects.append(scan.Reject(shown, "failed", where(e), "series", files))
-    if not stored:
+    said = {"sentences": study.sentences, "labels": study.labels, "split": study.split}
+
+    def keep(raws: list[scan.RawScan], shown: str, files: int) -> None:
+        while raws:  # one at a time, so that the voxels of those done can go
+            raw = raws.pop(0)
+            notes.extend({"study": study.key, "path": shown, "scan": raw.name, **note} for note in raw.notes)
+            if problem := _unfit(job.recipe, raw):
+                rejects.append(scan.Reject(shown, *problem, "series", files))
+            else:
+                stored.extend(recipes.apply(job.recipe, raw))
+
+    if isinstance(study, SourceStudy):
+        with _guard(rejects, study.key, 0, "study"):
+            raws, said = study.read()
+            keep(raws, study.key, 0)
+    else:
+        for series in study.series:
+            shown, files = series.files[0].shown, len(series.files)
+            with _guard(rejects, shown, files, "series"):
+                raws, refused = scan.read_scans(series, job.read)
+                rejects += refused
+                keep(raws, shown, files)
+    data = None
+    if stored:
+        said["split"] = said["split"] or split_of(study.patient, job.split)
+        with _guard(rejects, study.key, 0, "study"):
+            record = {"key": study.key, "patient": study.patient, "scans": recipes.one_dtype(stored), **said}
+            data = encode(record, job.codec)
+    else:
         rejects.append(scan.Reject(study.key, "no-images", "none of its series gave a scan", "study", 0))
-        return Converted(None, 0, [dataclasses.asdict(r) for r in rejects], notes)
-    study_record = {
-        "key": study.key,
-        "patient": study.patient,
-        "sentences": study.sentences,
-        "labels": study.labels,
-        "split": study.split or split_of(study.patient, job.split),
-    }
+    return Converted(data, len(stored) if data else 0, [dataclasses.asdict(r) for r in rejects], notes)
+
+
+@contextlib.contextmanager
+def _guard(rejects: list[scan.Reject], path: str, files: int, kind: str) -> Iterator[None]:
+    """Turns any error into a reject, but for a full disk, which is nobody's fault among the scans."""
     try:
-        data = encode({**study_record, "scans": recipes.one_dtype(stored)}, job.codec)
+        yield
+    except MemoryError:
+        rejects.append(scan.Reject(path, "too-large", "does not fit into memory", kind, files))
     except Exception as e:
-        rejects.append(scan.Reject(study.key, "failed", where(e), "study", 0))
-        return Converted(None, 0, [dataclasses.asdict(r) for r in rejects], notes)
-    return Converted(data, len(stored), [dataclasses.asdict(r) for r in rejects], notes)
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            raise
+        rejects.append(scan.Reject(path, "failed", where(e), kind, files))
 
 
 def _unfit(recipe: recipes.Recipe, raw: scan.RawScan) -> tuple[str, str] | None:
     if recipe.modalities and raw.modality not in recipe.modalities:
         taken = " and ".join(m or "unnamed" for m in recipe.modalities)
         return "wrong-modality", f"{raw.modality or 'unnamed'}; recipe {recipe.name} takes {taken}"
-    if raw.voxels.ndim != 3:
-        return "inconsistent", f"{raw.voxels.ndim} axes; a scan has 3"
+    if raw.voxels.ndim != 3 and not (recipe.channels and raw.voxels.ndim == 4):
+        return "inconsistent", f"{raw.voxels.ndim} axes; recipe {recipe.name} takes scans with 3"
     if raw.voxels.min() == raw.voxels.max():
         return "constant", f"shape {'x'.join(map(str, raw.voxels.shape))}"
     return None

@@ -115,6 +115,7 @@ class Recipe:
     steps: names in `STEPS`, in order.
     options: flat; every step takes its own by name, `value_range` (stored values that mean 0 and 1 to the model,
       None = not fixed by the recipe) may be read by none.
+    channels: takes (d, h, w, c) too.
     read: options of `scan.ReadOptions` and `skip_names` that differ from their defaults.
     """
 
@@ -124,6 +125,7 @@ class Recipe:
     steps: tuple[str, ...]
     options: dict[str, Any]
     read: dict[str, Any] = dataclasses.field(default_factory=dict)
+    channels: bool = False
 
     def describe(self) -> dict[str, Any]:
         """What is stored in the manifest of the shards: plain JSON values."""
@@ -205,8 +207,9 @@ RECIPES = {
             "any scan in its own grid, orientation and values; the smallest of uint8, int16, uint16, float32 that "
             "holds every scan of the study exactly (float64 is rounded to float32)",
             (),
-            ("upright", "orient"),
-            {"deskew": False, "axes": "keep", "slice_first": False, "value_range": None},
+            ("orient",),
+            {"axes": "keep", "slice_first": False, "value_range": None},
+            channels=True,
         ),
     )
 }

@@ -36,6 +36,7 @@ from jaxmed.data.record import CODECS
 from jaxmed.prep import discover, recipes, scan
 from jaxmed.prep.convert import REASONS, Converted, Job, convert, parse_split, where
 from jaxmed.prep.pool import Died, Failed, Pool
+from jaxmed.prep.sources import find as find_in_source
 
 REPORT = "prep_report.json"
 PRIVATE = ".prep"
@@ -125,6 +126,8 @@ def prepare(
     shard_studies: int = 0,
     workers: int = 1,
     dry_run: bool = False,
+    source: str = "",
+    source_options: dict[str, Any] | None = None,
 ) -> Summary:
     """From raw scans to a finished data set folder; running it again continues, or finds nothing left to do.
 
@@ -140,6 +143,7 @@ def prepare(
       salt_file: see `find_salt`.
       shard_mb, shard_studies: see `plan_shards`.
       workers: processes; 0 = this one (then a decoder that crashes takes everything with it).
+      source, source_options: a module of `data.sources` and what its `open_dataset` gets, instead of `sources`.
       dry_run: only look for studies; nothing is written.
 
     Raises:
@@ -159,15 +163,20 @@ def prepare(
             stack.enter_context(_own(out))
         salt = find_salt(out, salt_file, create=not dry_run)
         pool = stack.enter_context(Pool(workers))
-        studies, rejects = discover.find_studies(
-            sources,
-            salt=salt,
-            manifest=manifest,
-            report=report,
-            skip_names=read["skip_names"],
-            paths=paths,
-            map_fn=functools.partial(_map, pool),
-        )
+        rejects: list[scan.Reject] = []
+        if source:
+            studies, content = find_in_source(source, source_options or {}, salt)
+        else:
+            studies, rejects = discover.find_studies(
+                sources,
+                salt=salt,
+                manifest=manifest,
+                report=report,
+                skip_names=read["skip_names"],
+                paths=paths,
+                map_fn=functools.partial(_map, pool),
+            )
+            content = ""
         found = [dataclasses.asdict(r) for r in rejects]
         plan = plan_shards(studies, recipe, shard_mb=shard_mb, shard_studies=shard_studies)
         if dry_run:
@@ -183,7 +192,7 @@ def prepare(
             "name": name or out.resolve().name,
             "salt": scan.salted_hash(salt, "jaxmed prep"),
             "shards": [len(r) for r in plan],
-            "sources": _digest(studies),
+            "sources": _digest(studies, content),
         }
         _same_run(out, arguments)
         _write_shards(out, job, studies, plan, pool)
@@ -229,13 +238,13 @@ def _map(pool: Pool, function, items) -> Iterator[Any]:
         yield result
 
 
-def _digest(studies: Sequence[scan.RawStudy]) -> str:
+def _digest(studies: Sequence[scan.RawStudy], content: str) -> str:
     """Hash of everything about the studies that ends up in shards or decides what does."""
     known = [
         [s.key, s.patient, [[r.key, len(r.files)] for r in s.series], s.sentences, sorted(s.labels.items()), s.split]
         for s in studies
     ]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([content, known]).encode()).hexdigest()
 
 
 def _same_run(out: Path, arguments: dict[str, Any]) -> None:
