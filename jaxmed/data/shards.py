@@ -366,8 +366,10 @@ class Shards:
         path = self.dir / about["file"]
         try:
             [data] = self._reader(number).read([row])
+            if not data:  # what the library returns for a file that was cut after it was opened
+                raise IndexError("no bytes")
         except (RuntimeError, IndexError, ValueError) as e:
-            raise UserError(f"{path}: row {row} cannot be read ({e}); {_FIX}") from e
+            raise UserError(f"{path}, row {row} cannot be read ({e}); {_FIX}") from e
         return Record(data, f"{path}, row {row}")
 
     def read(self, ids: Iterable[int], scans: Iterable[int] | None = None) -> list[Study]:
@@ -465,6 +467,6 @@ def split_ids(dataset: Dataset, split: str) -> np.ndarray:
     ids = np.flatnonzero(dataset.index["split"] == split)
     if not len(ids):
         known, counts = np.unique(dataset.index["split"], return_counts=True)
-        have = ", ".join(f"{k!r} ({c} studies)" for k, c in zip(known, counts))
+        have = ", ".join(f"{k!r} ({c} studies)" for k, c in zip(known.tolist(), counts))
         raise UserError(f"input.split={split!r}: {dataset.name} has no such split; it has {have}")
     return ids

@@ -98,7 +98,7 @@ class TfdsDataset:
         keys, counts = np.unique([row["key"] for row in rows], return_counts=True)
         if (counts > 1).any():
             raise UserError(
-                f"{dir}: field {fields['key']!r} is {keys[counts > 1][0]!r} twice; name a field that is unique"
+                f"{dir}: field {fields['key']!r} is {str(keys[counts > 1][0])!r} twice; name a field that is unique"
             )
         columns = {c: np.array([row[c] for row in rows]) for c in rows[0]}
         self.index = {c: v.astype(np.float32) if c.startswith("label/") else v for c, v in columns.items()}
