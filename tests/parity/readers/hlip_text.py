@@ -59,7 +59,9 @@ def text(case) -> dict:
         produced[f"output/{pooler}_pooler"] = z
         if pooler == own:
             normalized = two_towers.l2_normalize(z)
-            produced |= {f"output/{k}": v for k, v in out.items()}
+            # The files have zeros where there is no token.
+            real = ids(case.input["input_ids"])[..., None] != 0
+            produced |= {f"output/{k}": jnp.where(real, v, 0.0) for k, v in out.items() if k.startswith("hidden_")}
             produced |= {"output/features": z, "output/features_normalized": normalized}
     return case.pick(produced)
 

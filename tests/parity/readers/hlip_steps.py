@@ -1,0 +1,293 @@
+"""HLIP's two towers: whole training steps, accumulation, locked text, zero-shot scores, metrics, learning rates."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxmed.core import accumulate, optim, tree
+from jaxmed.core.config import Config
+from jaxmed.data import ops
+from jaxmed.evals import scores
+from jaxmed.models import bert
+from jaxmed.objectives import clip
+from jaxmed.ports import hlip as port
+from tests.parity.readers import hlip_text, hlip_visual
+
+SYSTEM = "hlip"
+WAITING = {
+    (kind, "output/relevance"): "heat maps come with 'HLIP in use'"
+    for kind in ("interpret_relevance", "zeroshot_from_scans")
+}
+LOSSES = {"clip": "clip", "siglip": "siglip", "sentence_clip": "sentence", "dual_clip": "dual"}
+# As in configs/hlip.py: no decay of biases, norms and scales; position tables are frozen.
+NO_DECAY = (r"(bias|scale)$",)
+FROZEN = (r"_posemb$", 0.0)
+
+
+def objective(case, batch: dict, loss: str = "clip", **options):
+    """The objective that a config with these towers makes."""
+    vision = hlip_visual.model(case.config["vision"])
+    image = {k: getattr(vision, k) for k in vision.__dataclass_fields__ if k not in ("parent", "name")}
+    model = {
+        "name": "two_towers",
+        "image": {"name": "hlip", **image},
+        "text": {"name": "bert", **hlip_text.fields(case.config["text"])},
+        "logit_bias_init": 0.0 if "logit_bias" in case.param else None,
+    }
+    spec = {"only": {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items() if k != "draws"}}
+    return clip.make(Config({"objective": {"name": "clip", "loss": loss, **options}, "model": model}), spec)
+
+
+def batch_of(case, texts: dict[str, str]) -> dict:
+    """The batch of a case; `texts`: our key -> the file's."""
+    batch = {k: hlip_text.ids(case.input[name]) for k, name in texts.items()}
+    image = hlip_visual.image(case.input["image"])
+    batch |= {"image": image, "_mask": jnp.ones(image.shape[0]), "draws": {}}
+    batch["draws"] |= {k: jnp.asarray(x) for k, x in case.input.items() if k.startswith(hlip_visual.DRAWS)}
+    return batch
+
+
+def value_and_grad(goal, params, batch, microbatches: int = 1):
+    """Loss, measurements, gradients and features of a batch."""
+    rng, step = jax.random.key(0), jnp.int32(0)
+    (loss, (_, measurements)), grads = accumulate.value_and_grad(
+        goal, params, {}, batch, rng, step, microbatches=microbatches
+    )
+    return loss, measurements, grads, goal.features_fn(params, {}, batch, rng, step)
+
+
+def update(goal, params, grads, opt: dict):
+    """Parameters after one step of `config.opt`."""
+    names = list(tree.flatten(params))
+    tx = optim.make(
+        params,
+        name=opt["name"].lower(),
+        schedule=optim.schedule("constant", lr=opt["lr"], total_steps=1),
+        b1=opt["beta1"],
+        b2=opt["beta2"],
+        eps=opt["eps"],
+        weight_decay=opt["wd"],
+        no_decay=NO_DECAY,
+        groups=(FROZEN,) if any(re.search(FROZEN[0], n) for n in names) else (),
+    )
+    updates, _ = tx.update(grads, tx.init(params), params)
+    return goal.after_update(optax.apply_updates(params, updates), {}, jnp.int32(0))[0]
+
+
+def published(prefix: str, params) -> dict:
+    return {f"{prefix}/{k}": x for k, x in port.to_published(params).items()}
+
+
+def clip_step(case) -> dict:
+    batch = batch_of(case, {"text": "input_ids"})
+    goal, params = objective(case, batch, LOSSES[case.config["loss"]]), hlip_text.params(case)
+
+    @jax.jit
+    def run(params, batch):
+        loss, _, grads, features = value_and_grad(goal, params, batch)
+        return loss, grads, features, update(goal, params, grads, case.config["opt"])
+
+    loss, grads, features, after = run(params, batch)
+    produced = {
+        "output/loss": loss,
+        "output/image_features": features["image"].reshape(len(batch["_mask"]), -1),
+        "output/text_features": features["text"],
+        "output/logit_scale_exp": jnp.exp(params["logit_scale"]),
+    }
+    return case.pick(produced | published("grad", grads) | published("output/param_after_step", after))
+
+
+def sentence_step(case) -> dict:
+    config = case.config
+    loss, k = LOSSES[config["loss"]], config.get("accum_freq", 1)
+    batch = batch_of(case, {"sentence": "sentence_ids", "text": "report_ids"})
+    batch["draws"] = draws_by_row(case, len(batch["_mask"]), k)
+    goal = objective(case, batch, loss, clamp_bias=config.get("clamp_bias", False), legacy_scale_grad=k)
+    goal, params = with_draws_by_row(goal), hlip_text.params(case)
+
+    @jax.jit
+    def run(params, batch):
+        loss, measurements, grads, features = value_and_grad(goal, params, batch, k)
+        return loss, measurements, grads, features, update(goal, params, grads, config["opt"])
+
+    value, measurements, grads, features, after = run(params, batch)
+    # The reference reports the loss of the whole batch once for every microbatch.
+    values = {"loss": value, **{n: measurements.get(n, value) for n in ("loss_sentence", "loss_report")}}
+    produced = {f"output/{n}": jnp.full((k,), x) for n, x in values.items()}
+    produced |= {"output/image_features": features["image"], "output/sentence_features": features["sentence"]}
+    if "text" in features:
+        produced["output/report_features"] = features["text"]
+    return case.pick(produced | published("grad", grads) | published("output/param_after_step", after))
+
+
+def draws_by_row(case, rows: int, microbatches: int) -> dict:
+    """The draws of all microbatches together, rows first, so that they can be dealt with the rows."""
+    parts: dict[str, list] = {}
+    for name in sorted(case.input, key=lambda n: int(n.rpartition("_")[2]) if n[-1].isdigit() else 0):
+        if name.startswith(hlip_visual.DRAWS):
+            kind = name if microbatches == 1 or name.startswith("drop_path") else re.sub(r"_\d+$", "", name)
+            kind = "patch_order" if name.startswith("patch_order") else kind
+            parts.setdefault(kind, []).append(jnp.asarray(case.input[name]))
+    draws = {}
+    for kind, xs in parts.items():
+        if kind == "seq_perm":
+            per_part = rows // len(xs)
+            draws[kind] = jnp.concatenate([jnp.broadcast_to(x, (per_part, *x.shape[-1:])) for x in xs])
+        else:
+            x = jnp.concatenate(xs)
+            draws[kind] = x.reshape(rows, -1, *x.shape[1:])
+    return draws
+
+
+def with_draws_by_row(goal):
+    """The same objective with draws (rows, groups of a row, ...) instead of (groups, ...)."""
+
+    def flat(batch):
+        join = {k: x if k == "seq_perm" else x.reshape(-1, *x.shape[2:]) for k, x in batch["draws"].items()}
+        return {**batch, "draws": join}
+
+    return goal._replace(
+        loss_fn=lambda params, aux, batch, *rest: goal.loss_fn(params, aux, flat(batch), *rest),
+        features_fn=lambda params, aux, batch, *rest: goal.features_fn(params, aux, flat(batch), *rest),
+    )
+
+
+def accum_cached_features(case) -> dict:
+    k = case.config["accum_freq"]
+    batch = batch_of(case, {"text": "input_ids"})
+    right, legacy = objective(case, batch), objective(case, batch, legacy_scale_grad=k)
+    params = hlip_text.params(case)
+    whole, _, grads, _ = jax.jit(lambda p, b: value_and_grad(right, p, b))(params, batch)
+    parts, _, reference, _ = jax.jit(lambda p, b: value_and_grad(legacy, p, b, k))(params, batch)
+    _, _, ours, _ = jax.jit(lambda p, b: value_and_grad(right, p, b, k))(params, batch)
+    for name, x in tree.flatten(ours).items():
+        np.testing.assert_allclose(x, tree.flatten(grads)[name], rtol=1e-4, atol=2e-5, err_msg=name)
+    produced = {"output/loss_full_batch": whole, "output/loss_per_microbatch": jnp.full((k,), parts)}
+    return case.pick(produced | published("grad/full_batch", grads) | published("grad/accumulated", reference))
+
+
+def lock_text(case) -> dict:
+    batch, params = batch_of(case, {"text": "input_ids"}), hlip_text.params(case)
+    groups = bert.lock_groups(case.config["text"]["depth"], lock="all_but_norms")
+    names = {n.removeprefix("text.") for n in hlip_text.trainable(params, groups)}
+    assert names == set(case.config["trainable_text_names"]), names ^ set(case.config["trainable_text_names"])
+    goal = objective(case, batch)
+    loss, _, grads, _ = jax.jit(lambda p, b: value_and_grad(goal, p, b))(params, batch)
+    trained = {k: g for k, g in tree.flatten(grads).items() if tree.first_match(groups, k, 1.0)}
+    return case.pick({"output/loss": loss, **published("grad", tree.unflatten(trained))})
+
+
+def zero_shot(case, image) -> dict:
+    """Features of one study, the classifier of the prompts, and what they give."""
+    prompts = hlip_text.ids(case.input["input_ids"])
+    batch = {"image": image, "text": prompts[:1], "_mask": jnp.ones(1)}
+    embed, params = objective(case, batch).predict_fns, hlip_text.params(case)
+    of_image = jax.jit(embed["embed_image"])(params, {}, {"image": image})
+    of_text = jax.jit(embed["embed_text"])(params, {}, {"text": prompts})
+    features = np.asarray(of_image["image"])
+    features = features if features.ndim == 2 else features[:, 0]  # the sentence token
+    classifier = scores.classifier_from_prompts(np.asarray(of_text["text"]), case.config["classes"])
+    logits = scores.zero_shot_logits(features, classifier, np.asarray(of_image["scale"]))
+    produced = {
+        "output/image_features": of_image["image"],
+        "output/classifier": classifier,
+        "output/logits": logits,
+        "output/probs": scores.softmax(logits),
+        "output/cosine_scores": scores.zero_shot_logits(features, classifier),
+    }
+    for key in case.wanted:
+        pair = re.fullmatch(r"output/probs_pair_(\d+)_(\d+)", key)
+        if pair:
+            positive = scores.pair_probability(logits, int(pair[1]), int(pair[2]))
+            produced[key] = np.stack([1 - positive, positive], axis=1)
+    return produced
+
+
+def zeroshot(case) -> dict:
+    return case.pick(zero_shot(case, hlip_visual.image(case.input["image"])))
+
+
+def zeroshot_from_scans(case) -> dict:
+    config, scans = case.config, []
+    for i in range(len(config["shapes"])):
+        scan = case.input[f"scan_{i}"]
+        scan = scan[..., 0] if scan.ndim == 4 else scan
+        out, _ = ops.slice_grid(scan, resize_to=config["resize"], slices=config["num_slices"], crop=config["crop"])
+        scans.append(ops.standardise(ops.unit_range(out, 0, 255)))
+    image = np.stack(scans)[None]
+    return case.pick({"output/image": image[:, :, None], **zero_shot(case, jnp.asarray(image))})
+
+
+def interpret_relevance(case) -> dict:
+    """The last block's attention and its gradient for the target class's logit."""
+    image, config = hlip_visual.image(case.input["image"]), case.config
+    produced = zero_shot(case, image)
+    tower, params = hlip_visual.model(config["vision"]), hlip_text.params(case)
+    classifier = jnp.asarray(produced["output/classifier"])
+    tokens = math.prod(n // p for n, p in zip(image.shape[2:], tower.patch)) * image.shape[1] + tower.prefix_tokens
+    probe = jnp.zeros((image.shape[0], tower.heads, tokens, tokens))
+
+    def logit(probe):
+        z, out = tower.apply({"params": params["image"]}, image, probe=probe)
+        unit = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+        return (jnp.exp(params["logit_scale"]) * unit @ classifier)[0, config["target"]], out["attention"]
+
+    grad, attention = jax.jit(jax.grad(logit, has_aux=True))(probe)
+    return case.pick({**produced, "output/attention_last": attention, "output/attention_last_grad": grad})
+
+
+def metrics_binary(case) -> dict:
+    labels, values = case.input["labels"].astype(float), case.input["scores"]
+    at_half, at_threshold = [], []
+    for j in range(labels.shape[1]):
+        pair = labels[:, j], values[:, j]
+        m = scores.binary_metrics(*pair)
+        at_half.append([m[k] for k in ("balanced_accuracy", "weighted_f1", "recall", "precision")])
+        threshold = scores.threshold_searched(*pair)
+        m = scores.binary_metrics(*pair, threshold)
+        at_threshold.append([threshold, *(m[k] for k in ("auc", "accuracy", "weighted_f1", "recall", "precision"))])
+    return {
+        "output/at_argmax_balacc_wf1_recall_precision": np.array(at_half),
+        "output/at_threshold_thr_auc_acc_wf1_recall_precision": np.array(at_threshold),
+        "output/merged_score_class0_class1": scores.merge_max_if_any(values[:, 0], values[:, 1]),
+    }
+
+
+def metrics_pub_brain_5(case) -> dict:
+    values = scores.pub_brain_5_metrics(case.input["labels"].argmax(1), case.input["logits"])
+    return {"output/values": np.array([values[k] for k in case.config["names"]])}
+
+
+def metrics_retrieval(case) -> dict:
+    values = scores.image_text_retrieval(case.input["image_features"], case.input["text_features"])
+    return {"output/values": np.array([values[k] for k in case.config["names"]])}
+
+
+def lr_schedule(case) -> dict:
+    c = case.config
+    shared = dict(lr=c["base_lr"], total_steps=c["steps"], warmup_steps=c["warmup"])
+    cooldown = {f"cooldown_{k}": c[f"cooldown_{k}"] for k in ("steps", "power", "end")}
+    rates = {
+        "cosine": optim.schedule(**shared),
+        "const_cooldown": optim.schedule("const_cooldown", **shared, **cooldown),
+    }
+    return {f"output/{k}": jax.vmap(fn)(jnp.arange(c["steps"])) for k, fn in rates.items()}
+
+
+READERS = {
+    "clip_step": clip_step,
+    "sentence_step": sentence_step,
+    "accum_cached_features": accum_cached_features,
+    "lock_text": lock_text,
+    "zeroshot": zeroshot,
+    "zeroshot_from_scans": zeroshot_from_scans,
+    "interpret_relevance": interpret_relevance,
+    "metrics_binary": metrics_binary,
+    "metrics_pub_brain_5": metrics_pub_brain_5,
+    "metrics_retrieval": metrics_retrieval,
+    "lr_schedule": lr_schedule,
+}
