@@ -1,7 +1,7 @@
 """`python -m jaxmed.main --config=configs/x.py[:arg,...] [--workdir=W] [--config.key=value]`: train and evaluate.
 
-The same command again goes on where the last one stopped. With several processes (a TPU pod, or GPUs on several
-hosts) start the same command on each, with `--multihost`.
+The same command again goes on where the last one stopped. On a TPU pod, SLURM or GKE start it once per host with
+`--multihost`; elsewhere once per process with JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i.
 """
 
 import os
@@ -29,13 +29,12 @@ def main(argv) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; usage: {__doc__.splitlines()[0]}")
     if _CONFIG.value is None:
         raise UserError("give a config: --config=configs/hlip.py:demo")
-    if _MULTIHOST.value or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+    join_cluster(_MULTIHOST.value)
     workdir = Path(_WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
     cache = str(workdir / "xla_cache") if _CACHE.value is None else _CACHE.value
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
-    logging.set_verbosity(logging.ERROR)  # what orbax and jax log below that, a user can do nothing about
+    logging.set_verbosity(logging.FATAL)  # orbax logs tracebacks of what checkpoint.py says in one line
 
     config = Config(_CONFIG.value.to_dict())
     report = config.get("report")
@@ -51,10 +50,30 @@ def main(argv) -> int:
     return 0
 
 
+def join_cluster(multihost: bool) -> None:
+    """Before any other use of jax: SLURM, TPU pods and GKE tell jax who is who; elsewhere three variables do."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [os.environ.get(name) for name in names]
+    if all(given):
+        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+    elif any(given):
+        missing = [name for name, value in zip(names, given) if not value]
+        raise UserError(f"the environment variables {', '.join(names)} go together; {missing[0]} is not set")
+    elif multihost:
+        jax.distributed.initialize()
+
+
+def parse_flags(argv) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(" ".join(str(e).replace("\\n", " ").split())) from None
+
+
 def run() -> None:
     """Runs `main`; bad input is one line on stderr and exit code 2."""
     try:
-        app.run(main)
+        app.run(main, flags_parser=parse_flags)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,9 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
 
     # ---- Data. Every batch is a pure function of (plan, step): no iterator has a state.
     if "source" in config:
-        if first:
-            call(load("data.sources", config.source.name).make, config.source, skip=("name",))
+        source = config.source.to_dict()
+        if first:  # the others wait for it
+            call(load("data.sources", source["name"]).make, config.source, skip=("name",))
         barrier("source")
     pipeline = load("data", "pipeline")
     microbatches = config.get("accumulate", 1)
@@ -171,76 +172,84 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     # ---- Loop.
     if first:
         metrics.write_json(workdir / "config.json", config.to_dict())
-    writer = metrics.Writer(workdir, start_step=start_step, tensorboard=tensorboard, active=first)
     clock = Clock(start_step=start_step, total_steps=total_steps, peak=peak)
-    evaluated: dict[str, float] = {}
-    if start_step == 0:
-        evaluated = evaluate(0)
-        writer.write(0, evaluated)
-    pending: list[tuple[int, dict]] = []  # measurements still on the devices, so that no step waits for them
-    trained: dict[str, float] = {}
+    step = start_step
+    pending: list[Pending] = []  # measurements still on the devices, so that no step waits for them
     stopped = False
-    progress = tqdm(total=total_steps, initial=start_step, desc="train", unit="step", disable=not first, mininterval=1)
-    with stop_on_sigterm() as stop_asked, contextlib.closing(stream.batches(start_step, total_steps)) as batches:
-        step = start_step
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(
+            contextlib.closing(metrics.Writer(workdir, start_step=start_step, tensorboard=tensorboard, active=first))
+        )
+        progress = stack.enter_context(
+            tqdm(total=total_steps, initial=start_step, desc="train", unit="step", disable=not first, mininterval=1)
+        )
+        stop_asked = stack.enter_context(stop_on_sigterm())
+        batches = stack.enter_context(contextlib.closing(stream.batches(start_step, total_steps)))
+        if start_step == 0:
+            writer.write(0, evaluate(0))
         for bucket, local_batch in batches:
-            rows = stream.spec[bucket]["_mask"].shape[0]
-            batch = sharding.put_batch(local_batch, mesh, rows)
+            spec = stream.spec[bucket]
+            batch = sharding.put_batch(local_batch, mesh, spec["_mask"].shape[0])
             train_state, measurements = update[bucket](train_state, batch, rng_loop)
             step += 1
-            pending.append((step, measurements))
+            waste = {f"padding/{k}": v for k, v in stream.padding(step - 1).items()}
+            pending.append(Pending(step, measurements, waste))
             if len(pending) > 2:  # at most three steps in flight: a queue of batches is a queue of memory
-                jax.block_until_ready(pending[-3][1]["loss"])
-            waste = stream.padding(step - 1)
-            flops = 3.0 * objective.flops_fn(stream.spec[bucket]) if objective.flops_fn else 0.0
-            clock.add(examples=rows * (1.0 - waste.get("rows_wasted", 0.0)), flops=flops)
+                jax.block_until_ready(pending[-3].measurements)
+            clock.add(
+                examples=spec["_mask"].shape[0] * (1.0 - waste["padding/rows_wasted"]),
+                flops=3.0 * objective.flops_fn(spec) if objective.flops_fn else 0.0,
+            )
             progress.update()
 
-            at_end = step == total_steps
-            stopped = stop_asked(step, every=log_every) and not at_end
-            save = at_end or stopped or step % save_every == 0
+            stopped = stop_asked(step, every=log_every) and step < total_steps
+            save = stopped or step == total_steps or step % save_every == 0
             if save or step % log_every == 0:
-                trained = read_back(pending, stream, checkpoints.latest)
-                trained |= {**clock.tick(step), **{f"padding/{k}": float(v) for k, v in waste.items()}}
-                writer.write(step, trained)
-                progress.set_postfix(loss=f"{trained['loss']:.4g}", refresh=False)
+                measured = read_back(pending, stream, checkpoints.latest) | clock.tick(step)
+                writer.write(step, measured)
+                progress.set_postfix(loss=f"{measured['loss']:.4g}", refresh=False)
             with clock.pause():
                 if save:
                     checkpoints.save(step, train_state, identity)
                 if stopped:
                     break
-                if evaluators:
-                    values = evaluate(step)
-                    if values:
-                        evaluated = values
-                        writer.write(step, values)
-    progress.close()
-    checkpoints.close()
+                if step < total_steps and (values := evaluate(step)):
+                    writer.write(step, values)
+        checkpoints.close()
 
-    # ---- Summary.
-    params = sharding.gather(train_state["params"])
-    lines = metrics.read(workdir) if first else []
+        # ---- Summary. A run that was killed between its last step and here evaluates now.
+        lines = metrics.read(workdir)
+        evaluated = [x for x in lines if any(k.startswith(f"{name}/") for name, *_ in evaluators for k in x)]
+        if step == total_steps and evaluators and not said_by_first(bool(evaluated) and evaluated[-1]["step"] == step):
+            evaluated.append(evaluate(step))
+            writer.write(step, evaluated[-1])
+    trained = [line for line in lines if "loss" in line]
     summary = {
-        "before": next((without_step(line) for line in lines if line["step"] == 0), {}),
-        "after": evaluated if step == total_steps else {},
-        "train": trained or last_training_line(lines),
+        "before": without_step(evaluated[0]) if evaluated else {},
+        "after": without_step(evaluated[-1]) if evaluated and step == total_steps else {},
+        "train": without_step(trained[-1]) if trained else {},
         "steps": step,
         "total_steps": total_steps,
         "finished": step == total_steps,
         "seconds": time.perf_counter() - started,
         "num_params": num_params,
-        "params_sha256": tree.params_sha256(params),
+        "params_sha256": tree.params_sha256(sharding.gather(train_state["params"])),
         "plan_hash": stream.plan_hash,
         "versions": versions(),
     }
-    if not summary["after"] and summary["finished"]:  # started again after it had finished
-        summary["after"] = next((without_step(v) for v in reversed(lines) if any("/" in k for k in v)), {})
-    writer.close()
     if first:
         metrics.write_json(workdir / "summary.json", summary)
     if stopped:
         say(f"stopped by SIGTERM at step {step} of {total_steps}; the same command goes on from there")
     return summary
+
+
+class Pending(NamedTuple):
+    """A step whose measurements have not been read back."""
+
+    step: int
+    measurements: dict[str, jax.Array]
+    waste: dict[str, float]
 
 
 def check_same_run(meta: dict[str, Any], identity: dict[str, Any], workdir: Path) -> None:
@@ -290,13 +299,13 @@ def make_evaluators(config: Config, predict_fns, mesh, workdir: Path) -> list[tu
     return evaluators
 
 
-def read_back(pending: list[tuple[int, dict]], stream, last_saved: int | None) -> dict[str, float]:
+def read_back(pending: list[Pending], stream, last_saved: int | None) -> dict[str, float]:
     """The mean of the measurements since the last time, on the host; empties `pending`.
 
     Raises:
       UserError: one of them was not finite; names the first such step and the records of its batch.
     """
-    values = [(step, jax.device_get(measurements)) for step, measurements in pending]
+    values = [(p.step, {**jax.device_get(p.measurements), **p.waste}) for p in pending]
     pending.clear()
     for step, measured in values:
         bad = [k for k in ("loss", "grad_norm") if not np.isfinite(measured[k])]
@@ -339,12 +348,13 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def said_by_first(value: bool) -> bool:
+    """What process 0 says (only it surely sees the files of the workdir), so that all do the same."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+
+
 def without_step(line: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in line.items() if k != "step"}
-
-
-def last_training_line(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    return next((without_step(line) for line in reversed(lines) if "loss" in line), {})
 
 
 def versions() -> dict[str, str]:
