@@ -184,6 +184,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
             tqdm(total=total_steps, initial=start_step, desc="train", unit="step", disable=not first, mininterval=1)
         )
         stop_asked = stack.enter_context(stop_on_sigterm())
+        stack.enter_context(checkpoints)
         batches = stack.enter_context(contextlib.closing(stream.batches(start_step, total_steps)))
         if start_step == 0:
             writer.write(0, evaluate(0))

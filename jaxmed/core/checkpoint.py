@@ -30,6 +30,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, *, keep: int = 2):
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._closed = False
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -78,12 +79,23 @@ class Checkpoints:
         except Exception as e:
             raise self._failed("read", step, e) from e
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Waits for the save under way also when something else has failed (and lets that be the message)."""
+        with contextlib.suppress(*([UserError] if error else [])):
+            self.close()
+
     def close(self) -> None:
         """Waits for the save under way.
 
         Raises:
           UserError: it failed.
         """
+        if self._closed:
+            return
+        self._closed = True
         try:
             self._orbax.wait()
             self._orbax.close()
