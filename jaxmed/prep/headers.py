@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pydicom
+from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
 from jaxmed.prep import frames, volumes
@@ -101,7 +102,8 @@ def _identifiers(ds: pydicom.Dataset) -> tuple[str, ...]:
         found = frames.value(ds, keyword)
         if found is None:
             continue
-        for part in [found] if isinstance(found, str) or not hasattr(found, "__iter__") else found:
+        # Only a MultiValue is several: a PersonName iterates over its letters.
+        for part in found if isinstance(found, MultiValue) else [found]:
             text = str(part)
             result.add(text)
             if "Name" in keyword:
