@@ -47,15 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns the exit code."""
-    # Workers inherit these: one thread each, and a malloc that keeps volume-sized buffers instead of returning their
-    # pages to the system (4-6 times faster for volumes).
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
-    os.environ.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
-    # Stopped by a batch system: leave through the exits, so that nothing half-written stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Runs the command in this process; returns the exit code."""
     try:
         return _vocab(argv[1:]) if argv[:1] == ["vocab"] else _prep(argv)
     except UserError as e:
@@ -90,7 +82,13 @@ def _prep(argv: list[str]) -> int:
     add("--split", default="train", help="shares of patients, e.g. train=0.8,val=0.1,test=0.1 (default: all train)")
     add("--name", default="", help="of the data set (default: the name of OUT)")
     add("--codec", default="raw", help=f"of the records: {', '.join(CODECS)} (b2nd: for volumes read by crop)")
-    add("--paths", default="redact", choices=("redact", "hash", "keep"), help="how places appear in the report")
+    add(
+        "--paths",
+        default="redact",
+        choices=("redact", "hash", "keep"),
+        help="places in the report: redact hides names and numbers "
+        "that headers hold, UIDs and dates; hash hides everything",
+    )
     add("--salt-file", metavar="FILE", help="see below")
     add("--shard-mb", type=int, default=256, metavar="MB", help="aimed size of a shard (default: 256)")
     add("--shard-studies", type=int, default=0, metavar="N", help="exactly so many studies per shard instead")
@@ -217,4 +215,12 @@ def _texts(path: Path, columns: list[str] | None) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    # Workers inherit these: one thread each, and a malloc that keeps volume-sized buffers instead of returning their
+    # pages to the system (4-6 times faster for volumes).
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+    os.environ.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
+    # Stopped by a batch system: leave through the exits, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main(sys.argv[1:]))

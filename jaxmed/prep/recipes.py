@@ -223,8 +223,9 @@ def apply(recipe: Recipe, raw: RawScan) -> list[dict[str, Any]]:
     voxels = raw.voxels.astype(np.float32) if raw.voxels.dtype == np.float64 else raw.voxels
     affine = np.asarray(raw.affine, np.float64)
     meta = {k: v for k, v in {"modality": raw.modality, **raw.meta}.items() if v not in (None, "")}
-    air = AIR if raw.modality == "CT" or "CT" in recipe.modalities else 0.0
-    grids = [Grid(voxels, affine, raw.name, meta, air)]
+    ct = raw.modality == "CT" or "CT" in recipe.modalities
+    name = "ct" if ct and raw.name == "unknown" else raw.name
+    grids = [Grid(voxels, affine, name, meta, AIR if ct else 0.0)]
     for step in recipe.steps:
         function = STEPS[step]
         keywords = {k: recipe.options[k] for k in _keywords(function)}

@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from jaxmed.core.errors import UserError
 from jaxmed.data import shards
 from jaxmed.data.record import CODECS
-from jaxmed.prep import discover, recipes, scan
+from jaxmed.prep import discover, headers, recipes, scan
 from jaxmed.prep.convert import REASONS, Converted, Job, convert, parse_split, where
 from jaxmed.prep.pool import Died, Failed, Pool
 from jaxmed.prep.sources import find as find_in_source
@@ -81,9 +82,7 @@ def find_salt(out: Path, salt_file: str | None, *, create: bool) -> str:
         if not own.exists():
             salt = secrets.token_hex(32)
             if create:
-                descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(descriptor, "w") as f:
-                    f.write(salt)
+                _write_private(own, salt)
             return salt
     try:
         salt = os.environ[SALT_VARIABLE].strip() if path is None else path.read_text().strip()
@@ -92,6 +91,19 @@ def find_salt(out: Path, salt_file: str | None, *, create: bool) -> str:
     if len(salt) < 8:
         raise UserError(f"{where}: a salt has at least 8 characters; `openssl rand -hex 32` makes a good one")
     return salt
+
+
+def _write_private(path: Path, text: str) -> None:
+    """A file that only its owner may read, from its first byte on."""
+    half = path.with_name(f".{path.name}.tmp")
+    try:
+        with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(half, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}; free space or choose another folder") from None
 
 
 @dataclasses.dataclass
@@ -229,13 +241,27 @@ def _own(out: Path) -> Iterator[None]:
 
 
 def _map(pool: Pool, function, items) -> Iterator[Any]:
-    """`map` over the pool for the reading of headers."""
-    for _, result in pool.run(function, items, look_ahead=64):
-        if isinstance(result, Failed):
-            raise result.error
+    """`map` over the pool for the reading of headers, some files per task; a file that kills its process is refused."""
+    for chunk, result in pool.run(functools.partial(_each, function), _chunks(items, 32)):
         if isinstance(result, Died):
-            raise UserError(f"a process that reads headers died ({result.how}); run again with fewer --workers")
-        yield result
+            with Pool(1) as other:
+                result = [r for _, r in other.run(function, chunk)]
+        for found in [result] if isinstance(result, Failed) else result:
+            if isinstance(found, Failed):
+                raise found.error
+            if isinstance(found, Died):
+                found = headers.Header("", "unreadable", f"the process that read it died ({found.how})")
+            yield found
+
+
+def _each(function, items: list) -> list:
+    return [function(item) for item in items]
+
+
+def _chunks(items, size: int) -> Iterator[list]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
 def _digest(studies: Sequence[scan.RawStudy], content: str) -> str:
