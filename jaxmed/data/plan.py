@@ -17,6 +17,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Int64
 
 from jaxmed.core.errors import UserError
 from jaxmed.core.rng import np_rng
@@ -31,7 +32,7 @@ class Step(NamedTuple):
     """One global batch: its bucket and its record ids, int64 `(b,)`, `PAD` for padding rows."""
 
     bucket: Bucket
-    ids: np.ndarray
+    ids: Int64[np.ndarray, "b"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def batch_sizes(
 
 def plan(
     sizes: Sizes,
-    ids: np.ndarray,
+    ids: Int[np.ndarray, "n"],
     *,
     seed: int,
     epoch: int,

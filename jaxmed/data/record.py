@@ -9,21 +9,27 @@
 The header holds everything but the voxels, so that a reader decodes only the scans (and, with codec `b2nd`, only the
 blocks) that it asks for. Codecs:
 
-  raw    voxels as they are; the shard compresses the whole record (zstd). For studies that are read whole.
-  b2nd   blosc2 n-dimensional arrays, chunks 64^3 of blocks 32^3; the shard does not compress again. For volumes that
-         are read by crop.
+  lz4    every scan one blosc2 chunk (LZ4), decoded straight into the batch: the default, for studies that are read
+         whole. On brain MRI 15 % bigger than zstd and twice as fast.
+  zstd   the same with zstd.
+  raw    voxels as they are; the shard compresses the whole record (zstd). Reading costs several times more CPU than
+         `zstd`, because every record passes through two buffers of its full size; any ArrayRecord reader can use it.
+  b2nd   blosc2 n-dimensional arrays, chunks 64^3 of blocks 32^3, for volumes that are read by crop.
 """
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
+import blosc2
 import msgpack
 import numpy as np
 
 from jaxmed.core.errors import UserError
 
 SCHEMA = 1
+DEFAULT_CODEC = "lz4"
 DTYPES = ("uint8", "int16", "uint16", "float32")
 
 _MAGIC = b"JXMD"
@@ -78,9 +84,27 @@ def _raw_decode(data, shape, dtype, start, stop, out) -> np.ndarray:
     return out
 
 
-def _b2nd_encode(voxels: np.ndarray) -> bytes:
-    import blosc2  # a second of imports that only this codec needs
+def _chunk_codec(codec: blosc2.Codec) -> Codec:
+    def encode_chunk(voxels: np.ndarray) -> bytes:
+        filters = [blosc2.Filter.SHUFFLE if voxels.itemsize > 1 else blosc2.Filter.NOFILTER]
+        return blosc2.compress2(
+            voxels.reshape(-1), codec=codec, clevel=1, typesize=voxels.itemsize, filters=filters, nthreads=1
+        )
 
+    def decode_chunk(data, shape, dtype, start, stop, out) -> np.ndarray:
+        # The library checks sizes against its own header, not against ours.
+        if blosc2.get_cbuffer_sizes(bytes(data[:32]))[0] != prod(shape) * dtype.itemsize:
+            raise ValueError(f"header says {shape} {dtype}, the data have another size")
+        whole = not any(start) and tuple(stop) == tuple(shape)
+        direct = whole and out is not None and out.flags.c_contiguous and out.dtype == dtype
+        target = out if direct else np.empty(shape, dtype)
+        blosc2.decompress2(data, dst=target, nthreads=1)
+        return target if direct else _raw_decode(target, shape, dtype, start, stop, out)
+
+    return Codec(encode_chunk, decode_chunk, "group_size:1,uncompressed")
+
+
+def _b2nd_encode(voxels: np.ndarray) -> bytes:
     spatial = min(voxels.ndim, 3)
     chunks = [min(64, n) for n in voxels.shape[:spatial]] + list(voxels.shape[spatial:])
     blocks = [min(32, n) for n in voxels.shape[:spatial]] + list(voxels.shape[spatial:])
@@ -89,8 +113,6 @@ def _b2nd_encode(voxels: np.ndarray) -> bytes:
 
 
 def _b2nd_decode(data, shape, dtype, start, stop, out) -> np.ndarray:
-    import blosc2
-
     if blosc2.nthreads != 1:  # our own threads decode several scans at once; its pool would only get in their way
         blosc2.set_nthreads(1)
     array = blosc2.ndarray_from_cframe(bytes(data))
@@ -106,6 +128,8 @@ def _b2nd_decode(data, shape, dtype, start, stop, out) -> np.ndarray:
 
 
 CODECS = {
+    "lz4": _chunk_codec(blosc2.Codec.LZ4),
+    "zstd": _chunk_codec(blosc2.Codec.ZSTD),
     "raw": Codec(_raw_encode, _raw_decode, "group_size:1,zstd:1"),
     "b2nd": Codec(_b2nd_encode, _b2nd_decode, "group_size:1,uncompressed"),
 }
@@ -114,7 +138,7 @@ CODECS = {
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def encode(study: Mapping[str, Any], codec: str = "raw") -> bytes:
+def encode(study: Mapping[str, Any], codec: str = DEFAULT_CODEC) -> bytes:
     """The bytes of one study.
 
     Args:
@@ -150,6 +174,8 @@ def encode(study: Mapping[str, Any], codec: str = "raw") -> bytes:
             raise UserError(f"{where}: voxels are {voxels.dtype.name}; store one of {', '.join(DTYPES)}")
         if scans and voxels.dtype.str.lstrip("<>|=") != scans[0]["dtype"].lstrip("<>|="):
             raise UserError(f"{where}: voxels are {voxels.dtype.name}, the scans before it {scans[0]['dtype']}")
+        if voxels.nbytes >= 1 << 31 and codec in ("lz4", "zstd"):
+            raise UserError(f"{where}: {voxels.nbytes} bytes; codec {codec!r} holds less than 2 GiB per scan: use b2nd")
         voxels = np.ascontiguousarray(voxels, voxels.dtype.newbyteorder("<"))
         affine = _affine(scan.get("affine"), where, "affine")
         data = CODECS[codec].encode(voxels)
@@ -255,6 +281,8 @@ class Record:
         about = self._scans[scan]
         data = self._body[about["offset"] : about["offset"] + about["size"]]
         try:
+            if len(data) != about["size"]:
+                raise ValueError(f"{len(data)} of {about['size']} bytes")
             return self._codec.decode(data, self.shapes[scan], self.dtypes[scan], start, stop, out)
         except (RuntimeError, ValueError) as e:
             raise UserError(

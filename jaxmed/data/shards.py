@@ -22,9 +22,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from array_record.python import array_record_module
+from jaxtyping import Int64
 
 from jaxmed.core.errors import UserError
-from jaxmed.data.record import CODECS, Record, Study, StudyReader, encode
+from jaxmed.data.record import CODECS, DEFAULT_CODEC, Record, Study, StudyReader, encode
 
 SCHEMA = 1
 MANIFEST = "dataset.json"
@@ -120,7 +121,7 @@ class ShardWriter:
     ...     writer.add(study)
     """
 
-    def __init__(self, dir: str | os.PathLike, number: int, codec: str = "raw"):
+    def __init__(self, dir: str | os.PathLike, number: int, codec: str = DEFAULT_CODEC):
         """`number` names the shard; writing a number that exists replaces it. `codec`: see `record.CODECS`."""
         if codec not in CODECS:
             raise UserError(f"record codec {codec!r} is not known; use one of {', '.join(CODECS)}")
@@ -230,9 +231,9 @@ def sidecars(dir: str | os.PathLike) -> list[dict[str, Any]]:
             whole = (path.parent / sidecar["file"]).stat().st_size == sidecar["bytes"]
         except (OSError, ValueError, KeyError):
             continue
-        if sidecar["schema"] != SCHEMA:
+        if sidecar.get("schema") != SCHEMA:
             raise UserError(
-                f"{path}: schema {sidecar['schema']}, this jaxmed writes schema {SCHEMA}; use another output folder"
+                f"{path}: schema {sidecar.get('schema')}, this jaxmed writes schema {SCHEMA}; use another output folder"
             )
         if whole:
             found.append(sidecar)
@@ -433,6 +434,8 @@ def open_dataset(dir: str | os.PathLike, verify: str = "fast") -> Shards:
             f"{path}: the shards are of schema version {version}, this jaxmed reads version {SCHEMA}; "
             "make them again with `python -m jaxmed.prep`, or install the jaxmed that wrote them"
         )
+    if missing := {"name", "classes", "shards", "index"} - set(manifest):
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; run the same prep command again")
     index_path = dir / manifest["index"]["file"]
     if not index_path.exists() or _sha256(index_path) != manifest["index"]["sha256"]:
         raise UserError(
@@ -458,7 +461,7 @@ def open_dataset(dir: str | os.PathLike, verify: str = "fast") -> Shards:
     return Shards(dir, manifest, index)
 
 
-def split_ids(dataset: Dataset, split: str) -> np.ndarray:
+def split_ids(dataset: Dataset, split: str) -> Int64[np.ndarray, "n"]:
     """The record ids (int64, ascending) of a split.
 
     Raises:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxmed.core.errors import UserError
@@ -90,7 +91,7 @@ class Tokenizer:
 
     def encode(
         self, texts: Sequence[str], context: int, *, overflow: str = "error", keys: Sequence[str] | None = None
-    ) -> np.ndarray:
+    ) -> Int32[np.ndarray, "n t"]:
         """Texts to ids `(n, context)` int32, padded with 0.
 
         Args:

@@ -31,7 +31,7 @@ def study(i: int, *, scans: int | None = None, depth: int | None = None, hw=(6, 
     }
 
 
-def write(dir, studies, *, per_shard: int = 8, codec: str = "raw", **finish) -> Path:
+def write(dir, studies, *, per_shard: int = 8, codec: str = "lz4", **finish) -> Path:
     studies = list(studies)
     for number, first in enumerate(range(0, len(studies), per_shard)):
         with shards.ShardWriter(dir, number, codec) as writer:

@@ -120,5 +120,5 @@ def test_mixed_dtypes_and_unknown_codec():
     mixed["scans"] += study(1, scans=1, dtype="int16")["scans"]
     with pytest.raises(UserError, match=r"scan 1 \(scan0\): voxels are int16, the scans before it"):
         record.encode(mixed)
-    with pytest.raises(UserError, match="codec 'zip' is not known; use one of raw, b2nd"):
+    with pytest.raises(UserError, match="codec 'zip' is not known; use one of lz4, zstd, raw, b2nd"):
         record.encode(study(0), "zip")

@@ -30,7 +30,7 @@ def test_index_and_reading(dataset_dir):
     dataset = shards.open_dataset(dataset_dir, verify="full")
     index, manifest = dataset.index, dataset.manifest
     assert len(dataset) == 20 and manifest["splits"] == {"train": 16, "val": 4}
-    assert manifest["classes"] == ["odd", "third"] and manifest["codec"] == "raw"
+    assert manifest["classes"] == ["odd", "third"] and manifest["codec"] == "lz4"
     assert manifest["recipe"]["value_range"] == [0, 255]
     for i in range(20):
         original = study(i)
@@ -76,14 +76,14 @@ def test_finish_again_keeps_shards_and_bytes(copy):
 def test_what_finish_refuses(tmp_path):
     with pytest.raises(UserError, match="has no whole shard"):
         shards.finish(tmp_path, "x")
-    for number, codec in enumerate(("raw", "b2nd")):
+    for number, codec in enumerate(("lz4", "b2nd")):
         with shards.ShardWriter(tmp_path, number, codec) as writer:
             writer.add(study(0))
     with pytest.raises(UserError, match=r"study000 is in shard-00000.array_record and in shard-00001.array_record"):
         shards.finish(tmp_path, "x")
     with shards.ShardWriter(tmp_path, 1, "b2nd") as writer:
         writer.add(study(1))
-    with pytest.raises(UserError, match="codecs b2nd and raw"):
+    with pytest.raises(UserError, match="codecs b2nd and lz4"):
         shards.finish(tmp_path, "x")
     with shards.ShardWriter(tmp_path, 1) as writer:
         writer.add(study(1))

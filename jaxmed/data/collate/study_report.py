@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from jaxmed.core.errors import UserError
 from jaxmed.core.rng import np_rng
@@ -30,7 +31,9 @@ from jaxmed.data.tokenize import OVERFLOW, Tokenizer
 KEYS = ("image", "text", "sentence", "label")
 
 
-def repeat_scans(order: Sequence[int] | np.ndarray, num_scans: int, truncate: bool = True) -> np.ndarray:
+def repeat_scans(
+    order: Sequence[int] | Int[np.ndarray, "n"], num_scans: int, truncate: bool = True
+) -> Int[np.ndarray, "s"]:
     """The reference's way to a fixed number of scans: repeat the list ceil(num_scans / len) times, then truncate.
 
     The reference truncates in training only; its evaluation sees every repeated scan.
