@@ -1,8 +1,8 @@
 """DICOM series -> scans: decoding, rescaling, and the rules that drop what is no volume."""
 
-import warnings
 from collections.abc import Sequence
 
+import gdcm
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
@@ -20,6 +20,11 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 def read(series: RawSeries, options: ReadOptions) -> tuple[list[RawScan], list[Reject]]:
     """The DICOM side of `scan.read_scans`."""
+    with frames.Quiet():
+        return _read(series, options)
+
+
+def _read(series: RawSeries, options: ReadOptions) -> tuple[list[RawScan], list[Reject]]:
     rejects: list[Reject] = []
     slices: list[Slice] = []
     headers: dict[int, Dataset] = {}
@@ -86,7 +91,7 @@ def _scans(
     for scan in result:
         if copies:
             scan.notes.append(note("duplicate-slices", f"{copies} files of the series are stored twice"))
-        if len(groups) > 1:
+        if len(groups) > 1 and not scan.meta.get("planar"):
             scan.notes.append(note("several-stacks", f"the series holds {len(groups)} stacks"))
     return result
 
@@ -129,7 +134,7 @@ def _group(
                 voxels,
                 _LPS_TO_RAS @ volume.affine,
                 modality,
-                _name(header, modality, description, group[0]),
+                _name(header, modality, description, max(s.b_value or 0.0 for s in group)),
                 _meta(header, modality, group[0], pixels.syntax(group[0].file)),
                 volume.notes + lost + rescaled.notes,
             )
@@ -197,11 +202,11 @@ def _planar(s: Slice, header: Dataset, modality: str, description: str, pixels: 
         notes.append(note("no-spacing", "pixel spacing is absent or zero; 1 mm assumed"))
     meta = _meta(header, modality, s, pixels.syntax(s.file))
     meta |= {"planar": True, "uniform": True, "filled": 0, "spacing": [1.0, rows, columns]}
-    name = _name(header, modality, description, s)
+    name = _name(header, modality, description, 0.0)
     return [RawScan(stack.narrow(plane[None]), affine, modality, name, meta, notes)]
 
 
-def _name(header: Dataset, modality: str, description: str, s: Slice) -> str:
+def _name(header: Dataset, modality: str, description: str, b_value: float) -> str:
     sequence = str(frames.value(header, "ScanningSequence", "")).upper()
     return names.guess(
         modality,
@@ -210,7 +215,7 @@ def _name(header: Dataset, modality: str, description: str, s: Slice) -> str:
         te=frames.number(header, "EchoTime"),
         tr=frames.number(header, "RepetitionTime"),
         ti=frames.number(header, "InversionTime"),
-        b_value=s.b_value,
+        b_value=b_value,
         contrast=bool(frames.value(header, "ContrastBolusAgent", "")),
         gradient_echo="GR" in sequence and "SE" not in sequence,
         echo_planar="EP" in sequence,
@@ -275,7 +280,7 @@ class _Pixels:
     def __init__(self, files: tuple[FileRef, ...], rejects: list[Reject]):
         self.files, self.rejects = files, rejects
         self.held: tuple[int, np.ndarray | None] = (-1, None)
-        self.bad: dict[int, Rejected] = {}
+        self.bad: set[int] = set()
         self.syntaxes: dict[int, str] = {}
         self.last = ("undecodable", "no slice can be decoded")
 
@@ -287,8 +292,12 @@ class _Pixels:
             self.held = (-1, None)
             try:
                 self.held = (s.file, self._decode(s.file))
-            except Rejected as e:
-                self.bad[s.file] = e
+            except MemoryError:
+                raise
+            except Exception as e:  # besides ours, header values of impossible types
+                if not isinstance(e, Rejected):
+                    e = Rejected("unreadable", f"contradictory header ({type(e).__name__})")
+                self.bad.add(s.file)
                 self.last = (e.reason, e.detail)
                 self.rejects.append(Reject(self.files[s.file].shown, e.reason, e.detail))
                 return None
@@ -319,14 +328,14 @@ class _Pixels:
             raise Rejected("truncated-pixel-data", f"{have} of {expected} bytes")
         if have == 0:
             raise Rejected("truncated-pixel-data", "the pixels are empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                array = ds.pixel_array
-            except MemoryError:
-                raise
-            except Exception as e:  # decoders raise what they meet
-                raise Rejected("undecodable", f"{syntax.keyword} ({type(e).__name__})") from None
+        gdcm.Trace.WarningOff()
+        gdcm.Trace.ErrorOff()
+        try:
+            array = ds.pixel_array
+        except MemoryError:
+            raise
+        except Exception as e:  # decoders raise what they meet
+            raise Rejected("undecodable", f"{syntax.keyword} ({type(e).__name__})") from None
         array = array.reshape(-1, *array.shape[-2:])
         if array.shape != shape:
             raise Rejected("inconsistent", f"header says {shape}, pixels are {array.shape} (frames, rows, columns)")

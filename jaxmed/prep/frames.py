@@ -1,7 +1,10 @@
 """DICOM headers -> slices with geometry: one list for classic files, enhanced multi-frame objects and mosaics."""
 
+import contextlib
 import dataclasses
+import logging
 import math
+import threading
 import warnings
 from typing import BinaryIO
 
@@ -74,10 +77,37 @@ class Slice:
     alternates: list["Slice"] = dataclasses.field(default_factory=list)
 
 
+class Quiet:
+    """While any of these is open, pydicom's warnings and log lines are dropped: they quote header values.
+
+    Counted, because several threads may read at once and the switches belong to the process.
+    """
+
+    _lock, _open, _undo = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with Quiet._lock:
+            if Quiet._open == 0:
+                stack = contextlib.ExitStack()
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                logger = logging.getLogger("pydicom")
+                stack.callback(setattr, logger, "disabled", logger.disabled)
+                logger.disabled = True
+                Quiet._undo = stack
+            Quiet._open += 1
+
+    def __exit__(self, *error) -> None:
+        with Quiet._lock:
+            Quiet._open -= 1
+            if Quiet._open == 0:
+                Quiet._undo.close()
+
+
 def quiet_read(f: BinaryIO, *, pixels: bool, tags: list | None = None) -> Dataset:
     """Reads a DICOM file up to or including its pixels; bytes behind them are ignored.
 
-    A missing preamble or file meta is accepted. Warnings are silenced: they quote header values.
+    A missing preamble or file meta is accepted.
 
     Raises:
       Rejected: "unreadable", "not-an-image".
@@ -92,13 +122,10 @@ def quiet_read(f: BinaryIO, *, pixels: bool, tags: list | None = None) -> Datase
         seen = tag in PIXELS
         return False
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            ds = read_partial(f, stop_when=stop, force=True, specific_tags=tags)
-            len(ds)
-        except Exception as e:  # pydicom raises what its parser meets: struct.error, EOFError, ValueError, ...
-            raise Rejected("unreadable", f"not parsable as DICOM ({type(e).__name__})") from None
+    try:
+        ds = read_partial(f, stop_when=stop, force=True, specific_tags=tags)
+    except Exception as e:  # pydicom raises what its parser meets: struct.error, EOFError, ValueError, ...
+        raise Rejected("unreadable", f"not parsable as DICOM ({type(e).__name__})") from None
     if len(ds) == 0 and len(ds.file_meta) == 0:
         raise Rejected("not-an-image", "no DICOM elements")
     return ds
@@ -107,9 +134,7 @@ def quiet_read(f: BinaryIO, *, pixels: bool, tags: list | None = None) -> Datase
 def value(ds: Dataset, name: str, default=None):
     """An element's value, or the default if it is absent, empty or malformed."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = ds.get(name)
+        found = ds.get(name)
     except Exception:  # a value that cannot be converted to its type counts as absent
         return default
     return default if found is None or found == "" else found
@@ -149,7 +174,7 @@ def texts(ds: Dataset, name: str) -> tuple[str, ...]:
 
 def refuse(ds: Dataset) -> None:
     """Raises `Rejected` for every DICOM object that is not a grey image; uses header elements only."""
-    uid = pydicom.uid.UID(str(value(ds, "SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID", "")))
+    uid = pydicom.uid.UID(str(value(ds, "SOPClassUID") or value(ds.file_meta, "MediaStorageSOPClassUID", "")))
     name = uid.name if uid in pydicom.uid.UID_dictionary else ""
     modality = str(value(ds, "Modality", "")).strip().upper()
     if "DirectoryRecordSequence" in ds:
@@ -352,14 +377,12 @@ def _mosaic(ds: Dataset, base: Slice) -> list[Slice]:
     The position in the header belongs to the corner of a virtual image as large as the mosaic around the first
     tile's centre, so it is moved by half of the difference; the slice direction is the CSA header's normal.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from nibabel.nicom import csareader  # only here: the import is slow and warns
+    from nibabel.nicom import csareader  # only here: the import is slow
 
-        try:
-            csa = csareader.get_csa_header(ds, "image")
-        except Exception as e:  # a damaged private element
-            raise Rejected("unreadable", f"mosaic with a damaged CSA header ({type(e).__name__})") from None
+    try:
+        csa = csareader.get_csa_header(ds, "image")
+    except Exception as e:  # a damaged private element
+        raise Rejected("unreadable", f"mosaic with a damaged CSA header ({type(e).__name__})") from None
     count = 0 if csa is None else int(csareader.get_n_mosaic(csa) or 0)
     if not count and (0x0019, 0x100A) in ds:
         count = int(finite(ds[0x0019, 0x100A].value) or 0)
@@ -368,8 +391,8 @@ def _mosaic(ds: Dataset, base: Slice) -> list[Slice]:
         raise Rejected("no-geometry", "mosaic without number of tiles, position, orientation or slice distance")
     across = math.ceil(math.sqrt(count))
     rows, columns = base.shape[0] // across, base.shape[1] // across
-    if rows * across > base.shape[0] or rows == 0 or columns == 0:
-        raise Rejected("inconsistent", f"{count} tiles do not fit into {base.shape[0]} x {base.shape[1]}")
+    if base.shape[0] % across or base.shape[1] % across:
+        raise Rejected("inconsistent", f"{count} tiles do not divide {base.shape[0]} x {base.shape[1]} pixels evenly")
     row, column = base.orientation[:3], base.orientation[3:]
     normal = np.cross(row, column)
     stated = None if csa is None else csareader.get_slice_normal(csa)

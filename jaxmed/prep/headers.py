@@ -45,9 +45,14 @@ class Header:
 def inspect(ref: FileRef) -> Header:
     """Classifies a file; never raises for bad data."""
     try:
-        return _inspect(ref)
+        with frames.Quiet():
+            return _inspect(ref)
     except Rejected as e:
         return Header("", e.reason, e.detail)
+    except MemoryError:
+        return Header("", "too-large", "the header does not fit into memory")
+    except Exception as e:  # header values of impossible types: the file is bad, not the run
+        return Header("", "unreadable", f"contradictory header ({type(e).__name__})")
 
 
 def _inspect(ref: FileRef) -> Header:

@@ -241,7 +241,9 @@ def split_sentences(report: str) -> list[str]:
     result: list[str] = []
     text = report.replace("\r\n", "\n").replace("\r", "\n")
     # A new paragraph, a list item or a heading in capitals begins anew, whether or not the one before has a stop.
-    for block in re.split(r"\n\s*\n|\n(?=\s*(?:[-*\u2022]|\d{1,2}[.)])\s)|\n(?=\s*[A-Z][A-Z /&-]{2,}:)", text):
+    for block in re.split(
+        r"\n\s*\n|\n(?=\s*(?:[-*\u2022]|\d{1,2}[.)])\s)|\n(?=\s*[A-Z][A-Z /&-]{2,}:)|(?<=[A-Z]:)\s*\n", text
+    ):
         block = re.sub(r"^\s*(?:[-*\u2022]|\d{1,2}[.)])\s+", "", block)
         block = " ".join(block.split())
         start = 0

@@ -2,11 +2,10 @@
 
 import os
 import re
-import warnings
 
 import numpy as np
 
-from jaxmed.prep import names
+from jaxmed.prep import frames, names
 from jaxmed.prep.files import head, on_disk
 from jaxmed.prep.scan import FileRef, RawScan, RawSeries, ReadOptions, Reject, Rejected
 from jaxmed.prep.stack import narrow, note, plane_name
@@ -44,8 +43,7 @@ def read(series: RawSeries, options: ReadOptions) -> tuple[list[RawScan], list[R
     """The NIfTI and NRRD side of `scan.read_scans`. Arrays are turned to (d, h, w) = (k, j, i) of the file."""
     ref = series.files[0]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with frames.Quiet():
             array, affine, notes, finish = (_nifti if series.kind == "nifti" else _nrrd)(ref)
             return _scans(ref, series.kind, array, affine, notes, finish, options), []
     except Rejected as e:
@@ -145,11 +143,10 @@ def _nifti(ref: FileRef):
             raw = np.asanyarray(image.dataobj.get_unscaled())
     except (Rejected, MemoryError):
         raise
-    except (
-        Exception
-    ) as e:  # nibabel raises what it meets: ImageFileError, HeaderDataError, EOFError, zlib.error, OSError
-        lost = isinstance(e, (EOFError, OSError)) or "Expected" in str(e)
-        reason = "truncated-pixel-data" if lost else "unreadable"
+    except Exception as e:  # nibabel raises what it meets: ImageFileError, EOFError, zlib.error, ValueError, OSError
+        check(ref)
+        impossible = isinstance(e, nibabel.spatialimages.HeaderDataError)
+        reason = "unreadable" if impossible else "truncated-pixel-data"
         raise Rejected(reason, f"nibabel cannot read it ({type(e).__name__})") from None
     slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
     affine, notes = np.array(image.affine, np.float64), []
