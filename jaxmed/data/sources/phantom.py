@@ -1,0 +1,353 @@
+"""Phantom studies: SYNTHETIC brain MR and CT with reports, made on the spot. No patient is in them.
+
+The anatomy is the MNI152 average brain that `nilearn` ships, bent into a new head for every subject; lesions are drawn
+into it, scans follow the signal equations, and reports say what was drawn. Enough to try every command, and to check
+that a model learns; not enough to learn medicine.
+
+    python -m jaxmed.data.sources.phantom --out=shards/phantom             # a dataset
+    python -m jaxmed.data.sources.phantom --out=raw --raw=8                # NIfTI and DICOM files with a CSV, for prep
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+from tqdm import tqdm
+
+from jaxmed.core.errors import UserError
+from jaxmed.core.metrics import table
+from jaxmed.core.rng import np_rng
+from jaxmed.data import shards
+from jaxmed.data.record import encode
+from jaxmed.data.sources import phantom_anatomy as anatomy
+from jaxmed.data.sources import phantom_imaging as imaging
+from jaxmed.data.sources import phantom_words as words
+
+VERSION = 1  # of what is drawn; part of the recipe, so that old folders are made again
+CLASSES = ("normal", *anatomy.LESIONS)
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What subjects look like; ranges are uniform.
+
+    Attributes:
+      size: in-plane pixels of every scan.
+      depth: fewest and most slices of a scan, in steps of `depth_step`.
+      scans: fewest and most scans of a study.
+      step_mm, warp_mm: see `anatomy.head`.
+      cover_mm, fov_mm: what the slices, and the pixels, span.
+      noise: as a share of white matter's signal.
+      lesion_scale: multiplies the radius of every lesion.
+    """
+
+    size: int = 48
+    depth: tuple[int, int] = (12, 16)
+    depth_step: int = 4
+    scans: tuple[int, int] = (2, 6)
+    step_mm: float = 3.5
+    warp_mm: float = 4.0
+    cover_mm: tuple[float, float] = (145.0, 165.0)
+    fov_mm: tuple[float, float] = (205.0, 235.0)
+    noise: tuple[float, float] = (0.03, 0.08)
+    lesion_scale: float = 1.0
+
+
+DEFAULT = Config()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was drawn: a class of `CLASSES`, where, and how large (mm across; ml of the lesion without its oedema)."""
+
+    kind: str
+    side: str = ""
+    region: str = ""
+    count: int = 0
+    mm: float = 0.0
+    ml: float = 0.0
+
+
+# Radius ranges in mm.
+_RADIUS = {"hemorrhage": (11, 20), "infarct": (16, 30), "mass": (11, 19), "metastases": (5, 8.5)}
+
+
+def draw_lesion(rng: np.random.Generator, head: anatomy.Head, kind: str, scale: float = 1.0) -> Finding:
+    """Draws one of `CLASSES` into a head; for any modality that is made from it."""
+    if kind == "normal":
+        return Finding("normal")
+    side = ("left", "right")[int(rng.integers(2))]
+    region = anatomy.REGIONS[int(rng.integers(len(anatomy.REGIONS)))]
+    lo, hi = (scale * r for r in _RADIUS[kind])
+    count = int(rng.integers(3, 8)) if kind == "metastases" else 1
+    radii = rng.uniform(lo, hi, count)
+    if kind == "metastases":
+        for i, radius in enumerate(radii):
+            at_side = ("left", "right")[i % 2]
+            where = anatomy.REGIONS[int(rng.integers(len(anatomy.REGIONS)))]
+            anatomy.add_mass(rng, head, anatomy.place(rng, head, where, at_side, radius), radius, small=True)
+        side = region = ""
+    else:
+        add = {
+            "hemorrhage": anatomy.add_hemorrhage,
+            "infarct": anatomy.add_infarct,
+            "mass": anatomy.add_mass,
+        }[kind]
+        depth = 0.0 if kind == "infarct" else 0.6 * radii[0]
+        add(rng, head, anatomy.place(rng, head, region, side, depth), float(radii[0]))
+    ml = float((head.lesion_mask() > 0).sum()) * head.step**3 / 1000
+    return Finding(kind, side, region, count, round(2 * float(radii.max()), 1), round(ml, 2))
+
+
+def subject(
+    seed: int | tuple[int, ...], cfg: Config = DEFAULT, kind: str | None = None, *, raw: bool = False
+) -> dict[str, Any]:
+    """A study of one synthetic subject, as in `data.record`; a pure function of its arguments.
+
+    Args:
+      seed: non-negative integers.
+      kind: one of `CLASSES`; None draws one.
+      raw: int16 voxels as a scanner gives them (CT in HU) instead of stored uint8.
+
+    Returns:
+      The study; its labels are 1 for its class and 0 for the others. Every scan's `meta` has "plane", "slice_mm",
+      "pixel_mm", "motion" and, with a lesion, "mask_runs" (see `data.masks`), "lesion_mm" (across),
+      "lesion_ml", "contrast" and "cnr" (contrast over noise).
+    """
+    seed = (seed,) if isinstance(seed, int) else tuple(seed)
+    rng = np_rng(*seed)
+    kind = CLASSES[int(rng.integers(len(CLASSES)))] if kind is None else kind
+    # What has nothing to do with the lesion.
+    atrophic, swollen, spotted, cystic = (rng.random(4) < (0.3, 0.3, 0.25, 0.15)).tolist()
+    head = anatomy.head(
+        rng,
+        step=cfg.step_mm,
+        warp_mm=cfg.warp_mm,
+        atrophy=rng.uniform(2.5, 5) if atrophic else rng.uniform(0, 1),
+        ventricles=rng.uniform(1.4, 1.9) if atrophic else rng.uniform(0.85, 1.15),
+        sinus=rng.uniform(0.7, 1) if swollen else rng.uniform(0, 0.15),
+    )
+    cyst_side = ("left", "right")[int(rng.integers(2))]
+    if cystic:
+        anatomy.add_cyst(rng, head, cyst_side, rng.uniform(12, 20))
+    anatomy.add_calcium(rng, head, rng.uniform(2, 7))
+    if spotted:
+        anatomy.add_spots(rng, head, int(rng.integers(10, 25)), (1.5, 3.0))
+    finding = draw_lesion(rng, head, kind, cfg.lesion_scale)
+    lesion = None if kind == "normal" else head.lesion_mask()
+
+    names = list(rng.permutation(imaging.SEQUENCES))[: int(rng.integers(cfg.scans[0], cfg.scans[1] + 1))]
+    values = np.stack([imaging.signals(rng, name) for name in names])
+    volumes = imaging.material_volumes(head, values)
+    moved = rng.random() < 0.15
+    tilt = np.eye(4)
+    tilt[:3, :3] = anatomy.rotation(rng.normal(0, 0.08, 3))  # the head's axes are not the scanner's
+    scans = []
+    for name, volume, signal in zip(names, volumes, values):
+        depth = int(rng.integers(cfg.depth[0] // cfg.depth_step, cfg.depth[1] // cfg.depth_step + 1)) * cfg.depth_step
+        plane = imaging.PLANES[int(rng.choice(3, p=(0.7, 0.15, 0.15)))]
+        one = imaging.scan(
+            rng,
+            head,
+            volume,
+            str(name),
+            signal,
+            lesion,
+            shape=(depth, cfg.size, cfg.size),
+            plane=plane,
+            cover_mm=cfg.cover_mm,
+            fov_mm=cfg.fov_mm,
+            noise=cfg.noise,
+            motion=moved and rng.random() < 0.7,
+            raw=raw,
+        )
+        one["affine"] = tilt @ one["affine"]
+        if lesion is not None:
+            one["meta"] |= {"lesion_mm": finding.mm, "lesion_ml": finding.ml}
+        scans.append(one)
+    main = words.lesion_sentence(
+        rng,
+        None if kind == "normal" else kind,
+        side=finding.side,
+        region=finding.region,
+        mm=finding.mm,
+        count=finding.count,
+    )
+    moved = any(s["meta"]["motion"] for s in scans)
+    present = {"atrophy": atrophic, "sinus": swollen, "spots": spotted, "cyst": cystic, "motion": moved}
+    others = {k: (cyst_side if k == "cyst" else "") if v else None for k, v in present.items()}
+    key = hashlib.sha256(f"phantom {VERSION} {seed}".encode()).hexdigest()[:16]
+    return {
+        "key": key,
+        "patient": key,
+        "scans": scans,
+        "sentences": words.report(rng, main, others),
+        "labels": {name: float(name == kind) for name in CLASSES},
+        "split": "",
+    }
+
+
+# ---- A dataset.
+
+
+def make(
+    dir: str | os.PathLike,
+    *,
+    train: int = 1200,
+    val: int = 0,
+    test: int = 200,
+    seed: int = 0,
+    threads: int | None = None,
+    shard_records: int = 50,
+    **cfg,
+) -> Path:
+    """Writes a dataset of phantom studies; does nothing if `dir` already holds exactly this one.
+
+    A run that was stopped goes on with the shards that are missing. Ends with a table of the test lesions.
+
+    Args:
+      dir: dataset folder (see `data.shards`).
+      train, val, test: subjects of each split; none is in two.
+      threads: subjects made at once [the number of cores]; the result does not depend on it.
+      shard_records: studies per shard.
+      **cfg: fields of `Config`.
+
+    Raises:
+      UserError: `dir` holds something else, or a field is unknown.
+    """
+    known = {f.name for f in dataclasses.fields(Config)}
+    if unknown := sorted(set(cfg) - known):
+        raise UserError(f"source.{unknown[0]} is not an option of the phantom; it has {', '.join(sorted(known))}")
+    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()})
+    counts = {"train": train, "val": val, "test": test}
+    if min(counts.values()) < 0 or sum(counts.values()) == 0:
+        raise UserError(f"source.train/val/test={tuple(counts.values())}: give the number of subjects of each split")
+    recipe = {"name": "phantom", "synthetic": True, "version": VERSION, "seed": seed, "value_range": [0, 255]}
+    recipe |= {"counts": counts, "shard_records": shard_records, "config": dataclasses.asdict(config)}
+    recipe = json.loads(json.dumps(recipe))  # as it will be read back
+    dir = Path(dir)
+    if not _begin(dir, recipe):
+        print(f"{dir}: {sum(counts.values())} phantom studies are there already")
+        print(describe(dir))
+        return dir
+
+    seeds = [(name, (seed, k, i)) for k, name in enumerate(SPLITS) for i in range(counts[name])]
+    parts = [seeds[i : i + shard_records] for i in range(0, len(seeds), shard_records)]
+    done = {s["file"] for s in shards.sidecars(dir)}
+    todo = [i for i in range(len(parts)) if shards.shard_name(i) not in done]
+    anatomy.template()  # once, before the threads ask for it
+    progress = tqdm(
+        total=len(seeds), initial=len(seeds) - sum(len(parts[i]) for i in todo), unit="study", mininterval=2
+    )
+    progress.set_description("making phantom studies")
+
+    def one(item):
+        split, key = item
+        study = subject(key, config)
+        return encode({**study, "split": split})
+
+    # numpy lets go of the interpreter while it works, so threads are enough; BLAS threads on top would only get in
+    # their way.
+    with threadpoolctl.threadpool_limits(1), ThreadPoolExecutor(threads or os.cpu_count()) as pool, progress:
+        for i in todo:
+            with shards.ShardWriter(dir, i) as writer:
+                for data in pool.map(one, parts[i]):
+                    writer.add(data)
+                    progress.update()
+    shards.finish(dir, "phantom (synthetic)", recipe, classes=CLASSES)
+    print(describe(dir))
+    return dir
+
+
+def _begin(dir: Path, recipe: dict[str, Any]) -> bool:
+    """False if `dir` already holds the dataset of `recipe`; refuses a folder with anything else in it."""
+    note = dir / "phantom.json"  # what the shards of an unfinished run are made of
+    if (dir / shards.MANIFEST).exists():
+        found = shards.open_dataset(dir).manifest["recipe"]
+        if found == recipe:
+            return False
+    elif note.exists():
+        found = json.loads(note.read_text())
+        if found == recipe:
+            return True
+    elif not dir.exists() or not any(dir.glob("shard-*")):
+        shards.write_file(_made(dir) / note.name, (json.dumps(recipe, indent=1) + "\n").encode())
+        return True
+    else:
+        found = {}
+    different = sorted(k for k in {*found, *recipe} if found.get(k) != recipe.get(k))
+    raise UserError(
+        f"{dir} holds another dataset (its recipe differs in {', '.join(different)}): choose another source.dir, or "
+        "delete the folder if nobody needs it"
+    )
+
+
+def _made(dir: Path) -> Path:
+    try:
+        dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder {dir}: {e.strerror}; choose another source.dir") from None
+    return dir
+
+
+def describe(dir: str | os.PathLike, split: str = "test") -> str:
+    """A table of the lesions of a split: how large they are, and how they stand out in each sequence.
+
+    Sizes are medians with the 10th and 90th percentile; contrast to noise is |lesion - brain around it| over the
+    standard deviation of the noise, median.
+    """
+    dataset = shards.open_dataset(dir)
+    if split not in dataset.manifest["splits"]:
+        split = next(iter(dataset.manifest["splits"]))
+    rows = [(f"synthetic lesions ({split})", "studies", "mm across", "ml", *(f"CNR {k}" for k in imaging.SEQUENCES))]
+    studies = dataset.read(shards.split_ids(dataset, split))
+    for kind in CLASSES[1:]:
+        scans = [s["scans"] for s in studies if s["labels"][kind]]
+        first = [x[0]["meta"] for x in scans]
+        cells = [kind, str(len(scans))]
+        for key in ("lesion_mm", "lesion_ml"):
+            values = [m[key] for m in first]
+            cells.append("{1:.0f} ({0:.0f}-{2:.0f})".format(*np.percentile(values, (10, 50, 90))) if values else "-")
+        for name in imaging.SEQUENCES:
+            cnr = [x["meta"]["cnr"] for study in scans for x in study if x["name"] == name and "cnr" in x["meta"]]
+            cells.append(f"{np.median(cnr):.1f}" if cnr else "-")
+        rows.append(tuple(cells))
+    dataset.close()
+    return table(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jaxmed.data.sources.phantom", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="folder of the dataset, or with --raw of the files")
+    parser.add_argument("--raw", type=int, metavar="N", help="write N subjects as NIfTI and DICOM with a manifest.csv")
+    parser.add_argument("--train", type=int, default=1200)
+    parser.add_argument("--val", type=int, default=0)
+    parser.add_argument("--test", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        if args.raw is None:
+            make(args.out, train=args.train, val=args.val, test=args.test, seed=args.seed)
+        else:
+            from jaxmed.data.sources.phantom_raw import write_raw
+
+            manifest = write_raw(args.out, args.raw, seed=args.seed)
+            print(f"next: python -m jaxmed.prep {args.out} --manifest={manifest} --recipe=hlip_brain_mri --out=DIR")
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

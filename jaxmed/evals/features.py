@@ -1,0 +1,86 @@
+"""What evaluators of embeddings share: a test split through `embed_image`, texts through `embed_text`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxmed.core import sharding
+from jaxmed.core.load import load
+from jaxmed.data import pipeline, shards
+from jaxmed.data.tokenize import Tokenizer
+
+Array = np.ndarray
+IMAGE_KEYS = ("image", "scan_depths", "_mask")
+
+
+def open_stream(input: Mapping[str, Any], mesh, keys: Sequence[str]) -> pipeline.Stream:
+    """One ordered pass over a split, batched for the mesh."""
+    return pipeline.make(
+        **{**input, "keys": tuple(keys)},
+        train=False,
+        sharding=sharding.batch_sharding(mesh),
+        multiple_of=sharding.batch_size_multiple(mesh),
+    )
+
+
+def open_dataset(input: Mapping[str, Any]) -> shards.Dataset:
+    """The dataset that `input` names, for reports and examples."""
+    source = input.get("source", "shards")
+    if source == "shards":
+        return shards.open_dataset(input["dir"])
+    return load("data.sources", source).open_dataset(input["dir"], **(input.get("source_options") or {}))
+
+
+def embed_studies(predict_fns, stream: pipeline.Stream, mesh, train_state, token: int, extra: Sequence[str] = ()):
+    """All studies of a stream, padding rows left out.
+
+    Args:
+      token: which image token, where the model gives several.
+      extra: keys of the batch to return beside the features.
+
+    Returns:
+      {"image": (n, z) float32, "_id": (n,), "scale": exp(logit_scale) of that token, and `extra`}, the same on every
+      process.
+    """
+    rows: dict[str, list[Array]] = {}
+    scale = 1.0
+    for bucket, local in stream.batches(0, stream.steps_per_epoch):
+        batch = sharding.put_batch(local, mesh, stream.spec[bucket]["_mask"].shape[0])
+        out = predict_fns["embed_image"](train_state, {k: batch[k] for k in IMAGE_KEYS if k in batch})
+        got = sharding.gather({"image": out["image"], **{k: batch[k] for k in ("_mask", "_id", *extra)}})
+        last = token in (-1, out["image"].shape[1] - 1) if out["image"].ndim == 3 else False
+        scale = float(sharding.gather(out["scale_report"] if last and "scale_report" in out else out["scale"]))
+        if got["image"].ndim == 3:
+            got["image"] = got["image"][:, token]
+        keep = got.pop("_mask") > 0
+        for k, x in got.items():
+            rows.setdefault(k, []).append(x[keep])
+    return {k: np.concatenate(x) for k, x in rows.items()} | {"scale": scale}
+
+
+def embed_ids(predict_fns, mesh, train_state, ids: Int[Array, "n t"], batch_size: int = 64) -> Float[Array, "n z"]:
+    """Features of token ids, in batches of one shape."""
+    multiple = sharding.batch_size_multiple(mesh)
+    b = -(-min(batch_size, len(ids)) // multiple) * multiple
+    rows = []
+    mine = sharding.local_rows(mesh, b)
+    for i in range(0, len(ids), b):
+        part = np.zeros((b, ids.shape[1]), np.int32)
+        part[: len(ids[i : i + b])] = ids[i : i + b]
+        batch = sharding.put_batch({"text": part[mine]}, mesh, b)
+        rows.append(sharding.gather(predict_fns["embed_text"](train_state, batch)["text"]))
+    return np.concatenate(rows)[: len(ids)]
+
+
+def embed_texts(
+    predict_fns, mesh, train_state, texts: Sequence[str], tokenizer: Tokenizer, context: int
+) -> Float[Array, "n z"]:
+    return embed_ids(predict_fns, mesh, train_state, tokenizer.encode(texts, context))
+
+
+def writes(outdir) -> bool:
+    """Does this process write files? (The first one, if there is somewhere to write.)"""
+    return outdir is not None and jax.process_index() == 0
