@@ -97,7 +97,7 @@ class _Source:
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to reuse the buffers of records: it would map and unmap each one, and page faults cost 3x the read."""
+    """Tells glibc to reuse the buffers of records; by default it maps and unmaps each, at 3x the cost of reading."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

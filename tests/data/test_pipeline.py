@@ -149,14 +149,6 @@ def test_training_draws_are_functions_of_seed_step_and_record(dataset_dir, vocab
             assert words(batch["text"][row], vocab)[4:7] == ["finding", str(i), "."]
 
 
-@pytest.mark.parametrize(
-    "n, num_scans, expected", [(3, 8, [0, 1, 2] * 3), (4, 10, [0, 1, 2, 3] * 3), (11, 8, range(11))]
-)
-def test_repeat_scans(n, num_scans, expected):
-    np.testing.assert_array_equal(study_report.repeat_scans(range(n), num_scans, truncate=False), list(expected))
-    np.testing.assert_array_equal(study_report.repeat_scans(range(n), num_scans), list(expected)[:num_scans])
-
-
 def test_the_parity_option_repeats_scans(dataset_dir, vocab):
     options = {"scan_sampling": "repeat", "num_scans": 4, "keys": ("image",)}
     for _, batch in take(make(dataset_dir, vocab, buckets={"scans": (4,), "depth": (12,)}, **options), 0, 7):

@@ -83,6 +83,16 @@ def test_b2nd_crop_decodes_only_the_blocks_it_needs_and_raw_skips_other_scans():
         pytest.fail("damage must not pass unseen")
 
 
+@pytest.mark.parametrize("codec", record.CODECS)
+def test_a_record_that_was_cut(codec):
+    data = record.encode(study(2, scans=2, depth=30, hw=(20, 20)), codec)
+    cut = record.Record(data[:-200], "shard-00007.array_record, row 3")
+    assert cut.key == "study002"
+    with pytest.raises(UserError, match=r"shard-00007.array_record, row 3: study study002, scan 1 cannot be decoded"):
+        cut.study()
+    cut.study(scans=[0])
+
+
 def test_other_schema_version_and_foreign_bytes():
     data = bytearray(record.encode(study(0)))
     struct.pack_into("<H", data, 4, 9)

@@ -117,6 +117,11 @@ def edit(field, value):
         ("dataset.json", lambda p: p.unlink(), "has no dataset.json: prep has not finished"),
         ("dataset.json", cut, "dataset.json is not a dataset manifest"),
         ("dataset.json", edit("schema", 2), "schema version 2, this jaxmed reads version 1; make them again"),
+        (
+            "dataset.json",
+            lambda p: p.write_text('{"schema": 1, "name": "x"}'),
+            "dataset.json lacks classes, index, shards",
+        ),
         ("index.npz", cut, "index.npz is missing or is not the index of these shards"),
         ("index.npz", lambda p: p.unlink(), "index.npz is missing"),
         ("shard-00001.array_record", cut, r"shard-00001.array_record has \d+ bytes instead of \d+: truncated\?"),

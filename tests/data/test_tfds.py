@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmed.core.errors import UserError
-from jaxmed.data import pipeline, record
+from jaxmed.data import pipeline, record, shards
 from jaxmed.data.sources import tfds as source
 
 BUILDER = """
@@ -109,18 +109,27 @@ def test_index_and_studies(folder):
     assert "tensorflow" not in sys.modules
 
 
-def test_raw_studies_become_records(folder):
-    """What a maker of shards does with any set: several images are several scans, 2D images are one slice."""
-    fields = {"text": "findings", "patient": "person"}
-    for study in source.studies(folder, image="volume", **fields):
-        back = record.decode(record.encode(study))
-        assert back["key"].startswith("tiny_volumes-") and back["patient"] == "same"
-        assert back["sentences"][0] == "one. still one" and len(back["sentences"]) == 2
-    [first, *_] = source.studies(folder, image=("gray", "colour"))
-    shapes = [scan["voxels"].shape for scan in first["scans"]]
-    assert shapes == [(1, 6, 7), (1, 6, 7, 3)] and first["sentences"] == []
-    [first, *_] = source.studies(folder, image="second", axes="hwd")
-    assert first["scans"][0]["voxels"].shape == (3, 6, 5)
+def test_kinds_of_fields(folder):
+    """Several images are several scans, 2D images are one slice, sequences of texts are sentences."""
+    dataset = source.open_dataset(folder, image=("gray", "colour"), text="findings", patient="person")
+    first = dataset.read([0])[0]
+    assert [scan["voxels"].shape for scan in first["scans"]] == [(1, 6, 7), (1, 6, 7, 3)]
+    assert first["sentences"][0] == "one. still one" and len(first["sentences"]) == 2
+    assert first["key"] == "tiny_volumes-test-000000" and first["patient"] == "same"
+    assert record.decode(record.encode(first))["scans"][0]["name"] == "gray"
+    [hwd] = source.open_dataset(folder, image="second", axes="hwd").read([0])
+    assert hwd["scans"][0]["voxels"].shape == (3, 6, 5) and hwd["sentences"] == []
+
+
+def test_it_feeds_prep(folder, tmp_path):
+    options = ["--source=tfds", f"--source.dir={folder}", "--source.image=volume", "--source.text=report"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmed.prep", *options, f"--out={tmp_path}", "--recipe=native", "--workers=0"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dataset = shards.open_dataset(tmp_path)
+    assert sorted(dataset.index["depth"]) == list(range(2, 11)) and (dataset.index["text_chars"] > 0).all()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -156,7 +165,7 @@ def test_it_feeds_training(folder, workers):
 )
 def test_fields_that_do_not_fit(folder, fields, message):
     with pytest.raises(UserError, match=message):
-        source.open_dataset(folder, **fields)
+        source.open_dataset(folder, **fields).index  # noqa: B018
 
 
 def test_options_are_checked_by_the_pipeline(folder):

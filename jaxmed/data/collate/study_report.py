@@ -19,28 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from jaxmed.core.errors import UserError
 from jaxmed.core.rng import np_rng
+from jaxmed.data.ops import scan_indices
 from jaxmed.data.plan import PAD, Bucket
 from jaxmed.data.record import StudyReader
 from jaxmed.data.shards import Dataset
 from jaxmed.data.tokenize import OVERFLOW, Tokenizer
 
 KEYS = ("image", "text", "sentence", "label")
-
-
-def repeat_scans(
-    order: Sequence[int] | Int[np.ndarray, "n"], num_scans: int, truncate: bool = True
-) -> Int[np.ndarray, "s"]:
-    """The reference's way to a fixed number of scans: repeat the list ceil(num_scans / len) times, then truncate.
-
-    The reference truncates in training only; its evaluation sees every repeated scan.
-    """
-    order = np.asarray(order)
-    repeated = np.tile(order, -(-num_scans // len(order)))
-    return repeated[:num_scans] if truncate else repeated
 
 
 @dataclass(frozen=True)
@@ -136,7 +124,7 @@ class StudyReport:
         """Indices of the scans to show, in order."""
         if self.scan_sampling == "repeat":
             order = np.arange(n) if rng is None else rng.permutation(n)
-            return repeat_scans(order, self.num_scans, truncate=rng is not None)[:slots]
+            return order[scan_indices(n, self.num_scans, "eval_main" if rng is None else "train")][:slots]
         if n > slots and rng is not None:
             return np.sort(rng.choice(n, slots, replace=False))
         return np.arange(min(n, slots))

@@ -1,20 +1,18 @@
 """Any TensorFlow Datasets set that is stored as array_record, read without TensorFlow (extra: `jaxmed[tfds]`).
 
-Two uses:
-
-  `open_dataset(dir, image=...)` feeds training: an index and records like those of shards
-      (`input.source="tfds"`, `input.source_options={"image": "volume", "text": "report", ...}`).
-  `studies(dir, image=...)` gives raw studies, one by one, for whoever makes shards of them.
+It feeds training (`input.source="tfds"`, `input.source_options={"image": "volume", "text": "report", ...}`) and prep
+(`python -m jaxmed.prep --source=tfds --source.dir=... --source.image=volume ...`).
 
 A set knows nothing of patients' geometry, so the affine is the voxel spacing alone: index order d, h, w is taken as the
 patient's inferior-superior, anterior-posterior and left-right axes.
 """
 
+import functools
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,48 +63,60 @@ class TfdsDataset:
         self._fields = fields
         self._open()
         self.name = self._builder.info.full_name
-        classes: list[str] = []
-        for field in fields["label"]:
-            classes += self._class_names(field)
+        classes = [name for field in fields["label"] for name in self._class_names(field) or [field]]
         if len(set(classes)) < len(classes):
             raise UserError(
                 f"{dir}: fields {', '.join(fields['label'])} share class names ({', '.join(classes)}); use one"
             )
-        self._start = {}
+        counts = {split: len(source) for split, source in self._splits.items()}
+        self._places = [(split, row) for split, n in counts.items() for row in range(n)]
+        self.manifest = {"name": self.name, "classes": classes, "recipe": {}, "splits": counts}
+
+    @functools.cached_property
+    def index(self) -> dict[str, np.ndarray]:
+        """Columns as in `shards.Shards.index`; reads every example once."""
         rows: list[dict[str, Any]] = []
-        for split in self._splits:
-            self._start[split] = len(rows)
-            for row in range(len(self._splits[split])):
-                study = self._study(split, row)
-                shapes = [scan["voxels"].shape for scan in study["scans"]]
-                rows.append(
-                    {
-                        "key": study["key"],
-                        "patient": study["patient"],
-                        "split": split,
-                        "dtype": study["scans"][0]["voxels"].dtype.name,
-                        "row": row,
-                        "scans": len(shapes),
-                        "slices": sum(s[0] for s in shapes),
-                        "depth": max(s[0] for s in shapes),
-                        "height": max(s[1] for s in shapes),
-                        "width": max(s[2] for s in shapes),
-                        "text_chars": len(" ".join(study["sentences"])),
-                        **{f"label/{name}": study["labels"].get(name, np.nan) for name in classes},
-                    }
-                )
+        for split, row in self._places:
+            study = self._study(split, row)
+            shapes = [scan["voxels"].shape for scan in study["scans"]]
+            rows.append(
+                {
+                    "key": study["key"],
+                    "patient": study["patient"],
+                    "split": split,
+                    "dtype": study["scans"][0]["voxels"].dtype.name,
+                    "row": row,
+                    "scans": len(shapes),
+                    "slices": sum(s[0] for s in shapes),
+                    "depth": max(s[0] for s in shapes),
+                    "height": max(s[1] for s in shapes),
+                    "width": max(s[2] for s in shapes),
+                    "text_chars": len(" ".join(study["sentences"])),
+                    **{f"label/{name}": study["labels"].get(name, np.nan) for name in self.manifest["classes"]},
+                }
+            )
         keys, counts = np.unique([row["key"] for row in rows], return_counts=True)
         if (counts > 1).any():
             raise UserError(
-                f"{dir}: field {fields['key']!r} is {str(keys[counts > 1][0])!r} twice; name a field that is unique"
+                f"{self.dir}: field {self._fields['key']!r} is {str(keys[counts > 1][0])!r} twice; name a field that "
+                "is unique"
             )
         columns = {c: np.array([row[c] for row in rows]) for c in rows[0]}
-        self.index = {c: v.astype(np.float32) if c.startswith("label/") else v for c, v in columns.items()}
-        self.manifest = {"name": self.name, "classes": classes, "recipe": {}, "splits": self._counts()}
-        self.fingerprint = self._fingerprint()
+        return {c: v.astype(np.float32) if c.startswith("label/") else v for c, v in columns.items()}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what identifies the content: features, sizes of the files, and the index."""
+        digest = hashlib.sha256((self.dir / "features.json").read_bytes())
+        infos = {split: self._builder.info.splits[split] for split in self._splits}
+        sizes = {split: [info.num_bytes, list(info.shard_lengths)] for split, info in infos.items()}
+        digest.update(json.dumps([self.name, self._fields, sizes], sort_keys=True).encode())
+        for column in sorted(self.index):
+            digest.update(column.encode() + self.index[column].tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.index["key"])
+        return len(self._places)
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ("_builder", "_splits", "_lock")}
@@ -116,7 +126,7 @@ class TfdsDataset:
         self._open()
 
     def record(self, id: int) -> ArrayStudy:
-        return ArrayStudy(self._study(str(self.index["split"][id]), int(self.index["row"][id])))
+        return ArrayStudy(self._study(*self._places[id]))
 
     def read(self, ids: Iterable[int], scans: Iterable[int] | None = None) -> list[Study]:
         chosen = None if scans is None else list(scans)
@@ -139,23 +149,9 @@ class TfdsDataset:
                         f"{', '.join(sorted(have))}"
                     )
 
-    def _counts(self) -> dict[str, int]:
-        return {split: len(source) for split, source in self._splits.items()}
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256((self.dir / "features.json").read_bytes())
-        about = {"name": self.name, "fields": self._fields, "bytes": {}}
-        for split in self._splits:
-            info = self._builder.info.splits[split]
-            about["bytes"][split] = [info.num_bytes, list(info.shard_lengths)]
-        digest.update(json.dumps(about, sort_keys=True).encode())
-        for column in sorted(self.index):
-            digest.update(column.encode() + self.index[column].tobytes())
-        return digest.hexdigest()
-
     def _class_names(self, field: str) -> list[str]:
-        names = getattr(self._builder.info.features[field], "names", None)
-        return list(names) if names else [field]
+        """Names of a class label; empty for a number."""
+        return list(getattr(self._builder.info.features[field], "names", None) or [])
 
     def _study(self, split: str, row: int) -> Study:
         with self._lock:  # the reader underneath has one position
@@ -166,7 +162,7 @@ class TfdsDataset:
         labels: dict[str, float] = {}
         for field in fields["label"]:
             value = example[field]
-            names = getattr(self._builder.info.features[field], "names", None)
+            names = self._class_names(field)
             if names:  # one of several classes; -1 is tfds' "unknown"
                 labels |= {name: float(i == int(value)) for i, name in enumerate(names)} if int(value) >= 0 else {}
             else:
@@ -225,7 +221,7 @@ def open_dataset(
 ) -> TfdsDataset:
     """Opens a builder folder (`.../name/1.0.0`, or `.../name/config/1.0.0`) as a dataset of studies.
 
-    Every example is read once, to index shapes and text lengths; for a large set make shards instead.
+    Training reads every example once at its start, to index shapes and texts; for a large set make shards instead.
 
     Args:
       dir: folder with `dataset_info.json` and `features.json`.
@@ -249,16 +245,6 @@ def open_dataset(
         "axes": axes,
     }
     return TfdsDataset(Path(dir), fields)
-
-
-def studies(dir: str, **fields: Any) -> Iterator[Study]:
-    """Every study of a builder folder as a dict for `record.encode`; `fields` as in `open_dataset`.
-
-    Keys and patients are as the set names them: hash them before they reach a shard.
-    """
-    dataset = open_dataset(dir, **fields)
-    for id in range(len(dataset)):
-        yield dataset.record(id).study()
 
 
 def _builder(dir: Path):
