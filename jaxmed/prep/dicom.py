@@ -89,6 +89,8 @@ def _scans(
             rejects.append(_whole(series, Rejected(*pixels.last), group[0].file, files))
         result += found
     for scan in result:
+        if pixels.guessed:
+            scan.notes.append(note("no-meta-header", "files without file meta; they were read as they are written"))
         if copies:
             scan.notes.append(note("duplicate-slices", f"{copies} files of the series are stored twice"))
         if len(groups) > 1 and not scan.meta.get("planar"):
@@ -282,6 +284,7 @@ class _Pixels:
         self.held: tuple[int, np.ndarray | None] = (-1, None)
         self.bad: set[int] = set()
         self.syntaxes: dict[int, str] = {}
+        self.guessed = False  # was a transfer syntax missing?
         self.last = ("undecodable", "no slice can be decoded")
 
     def plane(self, s: Slice) -> np.ndarray | None:
@@ -313,6 +316,7 @@ class _Pixels:
     def _decode(self, file: int) -> np.ndarray:
         with open_ref(self.files[file]) as f:
             ds = frames.quiet_read(f, pixels=True)
+        self.guessed |= "TransferSyntaxUID" not in ds.file_meta
         syntax = _syntax(ds)
         self.syntaxes[file] = syntax.keyword
         count = int(frames.number(ds, "NumberOfFrames") or 1)
@@ -344,9 +348,7 @@ class _Pixels:
 
 def _syntax(ds: Dataset) -> pydicom.uid.UID:
     """The transfer syntax; files without meta header get the one that their elements were written in."""
-    meta = getattr(ds, "file_meta", None)
-    if meta is None:
-        ds.file_meta = meta = pydicom.dataset.FileMetaDataset()
+    meta = ds.file_meta
     if "TransferSyntaxUID" not in meta:
         implicit, little = ds.original_encoding
         if implicit or implicit is None:
