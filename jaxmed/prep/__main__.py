@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxmed.core.errors import UserError
+from jaxmed.prep.files import is_full
 
 EPILOG = """\
 recipes (all their options: --list-recipes):
@@ -53,13 +54,19 @@ def main(argv: list[str]) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except OSError as e:
+        if not is_full(e):
+            raise
+        where = e.filename or "the disk"
+        print(f"error: {where}: {e.strerror}; free space, then run the same command again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
 
 
 def _prep(argv: list[str]) -> int:
-    from jaxmed.data.record import CODECS
+    from jaxmed.data.record import CODECS, DEFAULT_CODEC
     from jaxmed.prep import recipes, text
 
     lines = "\n".join(f"  {r.name:24} {r.about}" for r in recipes.RECIPES.values())
@@ -81,7 +88,11 @@ def _prep(argv: list[str]) -> int:
     add("--list-recipes", action="store_true", help="print the recipes with all their options as JSON and stop")
     add("--split", default="train", help="shares of patients, e.g. train=0.8,val=0.1,test=0.1 (default: all train)")
     add("--name", default="", help="of the data set (default: the name of OUT)")
-    add("--codec", default="raw", help=f"of the records: {', '.join(CODECS)} (b2nd: for volumes read by crop)")
+    add(
+        "--codec",
+        default=DEFAULT_CODEC,
+        help=f"of the records: {', '.join(CODECS)} (default: {DEFAULT_CODEC}; b2nd: for volumes read by crop)",
+    )
     add(
         "--paths",
         default="redact",

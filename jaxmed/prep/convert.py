@@ -2,17 +2,18 @@
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import re
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmed.core.errors import UserError
-from jaxmed.data.record import encode
+from jaxmed.data.record import DEFAULT_CODEC, encode
 from jaxmed.prep import recipes, scan
+from jaxmed.prep.files import is_full
 from jaxmed.prep.sources import SourceStudy
 
 # What the writing half refuses, besides `scan.REASONS`.
@@ -31,8 +32,9 @@ class Job:
 
     recipe: recipes.Recipe
     read: scan.ReadOptions
-    codec: str = "raw"
+    codec: str = DEFAULT_CODEC
     split: tuple[tuple[str, float], ...] = (("train", 1.0),)
+    temporary: str | None = None  # folder for unpacked members of zips; None = the system's
 
 
 @dataclasses.dataclass
@@ -51,6 +53,14 @@ def convert(job: Job, study: scan.RawStudy) -> Converted:
     Raises:
       OSError: the disk of the temporary files is full. Everything else is a reject.
     """
+    before, tempfile.tempdir = tempfile.tempdir, job.temporary
+    try:
+        return _convert(job, study)
+    finally:
+        tempfile.tempdir = before
+
+
+def _convert(job: Job, study: scan.RawStudy) -> Converted:
     stored: list[dict[str, Any]] = []
     rejects: list[scan.Reject] = []
     notes: list[dict[str, Any]] = []
@@ -95,7 +105,7 @@ def _guard(rejects: list[scan.Reject], path: str, files: int, kind: str) -> Iter
     except MemoryError:
         rejects.append(scan.Reject(path, "too-large", "does not fit into memory", kind, files))
     except Exception as e:
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+        if is_full(e):
             raise
         rejects.append(scan.Reject(path, "failed", where(e), kind, files))
 

@@ -6,6 +6,7 @@
         salt         secret of the study keys, unless given by file or environment
         run.json     the arguments, so that a restart with others is noticed
         part-*.json  what the report says about the studies of one shard
+        tmp/         members of zips, unpacked while they are read
 
 Which study goes into which shard is decided from the sorted list of studies before any voxel is read, and shards are
 written one after another in that order. So the bytes of a shard do not depend on the number of workers nor on where an
@@ -21,8 +22,8 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,9 +34,10 @@ from tqdm import tqdm
 
 from jaxmed.core.errors import UserError
 from jaxmed.data import shards
-from jaxmed.data.record import CODECS
+from jaxmed.data.record import CODECS, DEFAULT_CODEC
 from jaxmed.prep import discover, headers, recipes, scan
 from jaxmed.prep.convert import REASONS, Converted, Job, convert, parse_split, where
+from jaxmed.prep.files import is_full
 from jaxmed.prep.pool import Died, Failed, Pool
 from jaxmed.prep.sources import find as find_in_source
 
@@ -130,7 +132,7 @@ def prepare(
     manifest: str | None = None,
     report: str = "sentences",
     name: str = "",
-    codec: str = "raw",
+    codec: str = DEFAULT_CODEC,
     split: str = "train",
     paths: str = "redact",
     salt_file: str | None = None,
@@ -169,7 +171,13 @@ def prepare(
         raise UserError(f"--codec={codec}: choose one of {', '.join(CODECS)}")
     shares = parse_split(split)
     fields = {f.name for f in dataclasses.fields(scan.ReadOptions)}
-    job = Job(recipe, scan.ReadOptions(**{k: v for k, v in read.items() if k in fields}), codec, shares)
+    job = Job(
+        recipe,
+        scan.ReadOptions(**{k: v for k, v in read.items() if k in fields}),
+        codec,
+        shares,
+        str(out / PRIVATE / "tmp"),
+    )
     with contextlib.ExitStack() as stack:
         if not dry_run:
             stack.enter_context(_own(out))
@@ -237,7 +245,13 @@ def _own(out: Path) -> Iterator[None]:
             ) from None
         for half in [*out.glob(".*.tmp"), *private.glob(".*.tmp")]:
             half.unlink()
-        yield
+        temporary = private / "tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _map(pool: Pool, function, items) -> Iterator[Any]:
@@ -334,7 +348,7 @@ def _write_shards(out: Path, job: Job, studies: Sequence, plan: Sequence[range],
             part: dict[str, Any] = {"studies": 0, "scans": 0, "rejects": [], "notes": []}
             with shards.ShardWriter(out, number, job.codec) as writer:
                 for _ in plan[number]:
-                    result = _settled(*next(results))
+                    result = _settled(out, *next(results))
                     if result.data is not None:
                         writer.add(result.data)
                         part["studies"] += 1
@@ -345,14 +359,14 @@ def _write_shards(out: Path, job: Job, studies: Sequence, plan: Sequence[range],
                 shards.write_file(out / PRIVATE / f"part-{number:05d}.json", json.dumps(part).encode())
 
 
-def _settled(study: scan.RawStudy, result: Any) -> Converted:
+def _settled(out: Path, study: scan.RawStudy, result: Any) -> Converted:
     """The result of a study whose worker may have died or failed: that costs the study, nothing else."""
     if isinstance(result, Converted):
         return result
-    if isinstance(result, Failed) and isinstance(result.error, OSError):
+    if isinstance(result, Failed) and is_full(result.error):
         raise UserError(
-            f"the folder for temporary files ({tempfile.gettempdir()}) is full: free space or set TMPDIR, then run the "
-            "same command again (whole shards are kept)"
+            f"cannot write {out / PRIVATE / 'tmp'}: {os.strerror(result.error.errno)}; free space or choose another "
+            "folder, then run the same command again (whole shards are kept)"
         )
     reason, detail = ("worker-died", result.how) if isinstance(result, Died) else ("failed", where(result.error))
     files = sum(len(s.files) for s in study.series)

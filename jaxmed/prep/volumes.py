@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from jaxmed.prep import frames, names
-from jaxmed.prep.files import head, on_disk
+from jaxmed.prep.files import head, is_full, on_disk
 from jaxmed.prep.scan import FileRef, RawScan, RawSeries, ReadOptions, Reject, Rejected
 from jaxmed.prep.stack import narrow, note, plane_name
 
@@ -144,6 +144,8 @@ def _nifti(ref: FileRef):
     except (Rejected, MemoryError):
         raise
     except Exception as e:  # nibabel raises what it meets: ImageFileError, EOFError, zlib.error, ValueError, OSError
+        if is_full(e):
+            raise
         check(ref)
         impossible = isinstance(e, nibabel.spatialimages.HeaderDataError)
         reason = "unreadable" if impossible else "truncated-pixel-data"
@@ -178,6 +180,8 @@ def _nrrd(ref: FileRef):
     except (Rejected, MemoryError):
         raise
     except Exception as e:  # pynrrd raises NRRDError, ValueError, EOFError, zlib.error, OSError
+        if is_full(e):
+            raise
         raise Rejected("truncated-pixel-data", f"pynrrd cannot read it ({type(e).__name__})") from None
     kinds = [str(k).lower() for k in header.get("kinds", ["domain"] * raw.ndim)]
     directions = header.get("space directions")
