@@ -1,7 +1,8 @@
 """Example studies for reports: a few slices of every scan, as small arrays in one file.
 
-`examples.npz` has "about" (JSON: a list of studies, each with key, sentences, labels and scans) and for scan s of
-study e "image/e/s" (slices, h, w) uint8 and, where the record's meta has a mask ("mask_runs"), "mask/e/s" (bool).
+`examples.npz` has "about" (JSON: name of the dataset, is it synthetic, and "studies", each with key, sentences, labels
+and scans), and for scan s of study e "image/e/s" (slices, h, w) uint8 and, where the record's meta has a mask
+("mask_runs"), "mask/e/s" (bool).
 """
 
 import json
@@ -53,7 +54,9 @@ def collect(dataset: Dataset, ids: Sequence[int], *, slices: int = 3, scans: int
             meta = {k: v for k, v in scan["meta"].items() if isinstance(v, int | float | str)}
             entry["scans"].append({"name": scan["name"], "shape": list(scan["voxels"].shape), "meta": meta})
         about.append(entry)
-    return {"about": np.array(json.dumps(about)), **arrays}
+    synthetic = bool(dataset.manifest["recipe"].get("synthetic", False))
+    text = json.dumps({"dataset": dataset.name, "synthetic": synthetic, "studies": about})
+    return {"about": np.array(text), **arrays}
 
 
 def save(outdir: Path, dataset: Dataset, ids: Sequence[int]) -> None:
