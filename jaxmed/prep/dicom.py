@@ -316,6 +316,8 @@ class _Pixels:
     def _decode(self, file: int) -> np.ndarray:
         with open_ref(self.files[file]) as f:
             ds = frames.quiet_read(f, pixels=True)
+        if "Rows" not in ds:  # it was there when only the header was read
+            raise Rejected("truncated-pixel-data", "the file ends within its pixels")
         self.guessed |= "TransferSyntaxUID" not in ds.file_meta
         syntax = _syntax(ds)
         self.syntaxes[file] = syntax.keyword

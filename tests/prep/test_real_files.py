@@ -310,6 +310,33 @@ def test_lossless_syntaxes_decode_equal(pair):
     assert np.array_equal(packed.affine, plain.affine)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{BODY}/CT.1.3.12.2.1107.5.1.4.60064.30000022120808113428000016573",
+        "ami.js/mi2b2.dcm",
+        "shipped:pydicom/MR_small_jpeg_ls_lossless.dcm",
+        "shipped:pydicom/MR_small_RLE.dcm",
+    ],
+    ids=["j2k", "jpeg-lossless", "jpeg-ls", "rle"],
+)
+def test_compressed_pixels_cut_short_are_never_half_decoded(name, tmp_path):
+    (path,) = locate(name)
+    data, cut = path.read_bytes(), tmp_path / "cut"
+    for share in (0.5, 0.9):
+        cut.write_bytes(data[: int(len(data) * share)])
+        scans, rejects = read([cut])
+        assert scans == [] and {r.reason for r in rejects} == {"truncated-pixel-data"}
+    # The same inside an intact wrapping.
+    ds = pydicom.dcmread(path)
+    (frame,) = pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=1)
+    ds.PixelData = pydicom.encaps.encapsulate([frame[: len(frame) * 9 // 20 * 2]])
+    ds["PixelData"].is_undefined_length = True
+    ds.save_as(cut)
+    scans, rejects = read([cut])
+    assert scans == [] and {r.reason for r in rejects} == {"undecodable"}
+
+
 def test_uneven_steps_end_where_the_header_says():
     paths = locate(BRAIN)
     (scan,), _ = read(paths)
