@@ -103,7 +103,8 @@ def _prep(argv: list[str]) -> int:
     add("--salt-file", metavar="FILE", help="see below")
     add("--shard-mb", type=int, default=256, metavar="MB", help="aimed size of a shard (default: 256)")
     add("--shard-studies", type=int, default=0, metavar="N", help="exactly so many studies per shard instead")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("--workers", type=int, default=cores, metavar="N", help="processes (default: all cores); 0: this one")
     add("--dry-run", action="store_true", help="only look for studies and count them")
     args, rest = parser.parse_known_args(argv)
     if args.list_recipes:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxmed.core.errors import UserError
 from jaxmed.data import ops
+from jaxmed.data.record import DTYPES
 from jaxmed.prep.scan import RawScan, ReadOptions
 
 AIR = -1024.0  # HU outside of a CT
@@ -102,8 +103,20 @@ def box(grid: Grid, *, value_range: tuple, mode: str, size: tuple, crop: str, fo
     return [grid.to(np.rint(voxels).astype(np.int16), to_old)]
 
 
+def cast(grid: Grid, *, dtype: str) -> list[Grid]:
+    """Stores one dtype for the whole data set: rounds and clips to it. "auto": as the scan has it, see `one_dtype`."""
+    _one_of("dtype", dtype, ("auto", *DTYPES))
+    if dtype == "auto" or grid.voxels.dtype == dtype:
+        return [grid]
+    voxels = grid.voxels
+    if dtype != "float32":
+        limits = np.iinfo(dtype)
+        voxels = np.clip(np.rint(voxels), limits.min, limits.max)
+    return [dataclasses.replace(grid, voxels=voxels.astype(dtype))]
+
+
 STEPS: dict[str, Callable[..., list[Grid]]] = {
-    f.__name__: f for f in (orient, upright, respace, percentile, slice_grid, windows, box)
+    f.__name__: f for f in (orient, upright, respace, percentile, slice_grid, windows, box, cast)
 }
 
 
@@ -204,11 +217,11 @@ RECIPES = {
         ),
         Recipe(
             "native",
-            "any scan in its own grid, orientation and values; the smallest of uint8, int16, uint16, float32 that "
-            "holds every scan of the study exactly (float64 is rounded to float32)",
+            "any scan in its own grid, orientation and values; the scans of a study in one dtype that holds them "
+            "(batches need one dtype over all studies: dtype=int16 or another rounds and clips to it)",
             (),
-            ("orient",),
-            {"axes": "keep", "slice_first": False, "value_range": None},
+            ("orient", "cast"),
+            {"axes": "keep", "slice_first": False, "dtype": "auto", "value_range": None},
             channels=True,
         ),
     )
@@ -244,16 +257,19 @@ def apply(recipe: Recipe, raw: RawScan) -> list[dict[str, Any]]:
 
 
 def one_dtype(scans: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The scans of a study in one dtype, the smallest of the record's that holds all of them exactly.
+    """The scans of a study in one dtype that a record can hold: theirs, else the smallest that holds all exactly.
 
-    Integers beyond 16 bits become float32, which holds them exactly up to 2^24.
+    Integers beyond 16 bits become float32, which holds them exactly up to 2^24; float64 is rounded to float32.
     """
-    if len({s["voxels"].dtype for s in scans} | {np.dtype(np.uint8)}) == 1:
+    kinds = {s["voxels"].dtype.newbyteorder("=").name for s in scans}
+    if len(kinds) == 1 and kinds <= set(DTYPES):
         return scans
-    low = min(int(s["voxels"].min()) if s["voxels"].dtype.kind in "iu" else -(1 << 31) for s in scans)
-    high = max(int(s["voxels"].max()) if s["voxels"].dtype.kind in "iu" else 1 << 31 for s in scans)
-    fitting = (d for d in (np.uint8, np.int16, np.uint16) if np.iinfo(d).min <= low and high <= np.iinfo(d).max)
-    dtype = next(fitting, np.float32)
+    fitting: list[str] = []
+    if all(s["voxels"].dtype.kind in "iub" for s in scans):
+        low, high = min(int(s["voxels"].min()) for s in scans), max(int(s["voxels"].max()) for s in scans)
+        integers = (d for d in DTYPES if d != "float32")
+        fitting = [d for d in integers if np.iinfo(d).min <= low and high <= np.iinfo(d).max]
+    dtype = fitting[0] if fitting else "float32"
     return [{**s, "voxels": np.asarray(s["voxels"], dtype)} for s in scans]
 
 
@@ -376,6 +392,8 @@ def _check(recipe: Recipe) -> None:
         raise UserError(f"{where}: value_range={o['value_range']} must be two numbers, the lower first")
     if any(width <= 0 for _, width in o.get("windows", {}).values()):
         raise UserError(f"{where}: every window is (level, width) with a positive width")
+    if "dtype" in o:
+        _one_of("dtype", o["dtype"], ("auto", *DTYPES))
     if "box" in recipe.steps:
         _one_of("mode", o["mode"], ("crop", "resize", "whole"))
         _one_of("crop", o["crop"], ("foreground", "center"))

@@ -55,6 +55,7 @@ CASES = [
     ("hlip_chest_ct", (("mode", "whole"),)),
     ("hlip_chest_ct_published", (("size", "40,60,64"),)),
     ("native", ()),
+    ("native", (("dtype", "float32"),)),
     ("native", (("axes", "IPR"), ("slice_first", "true"))),
 ]
 
@@ -103,6 +104,8 @@ def test_what_is_stored():
     [whole] = recipes.apply(recipes.get("hlip_chest_ct", [("mode", "whole")]), ct)
     assert whole["voxels"].shape == (int(20 * 5 / 3), int(90 * 0.9), int(80 * 0.7))
     [native] = recipes.apply(recipes.get("native"), dataclasses.replace(ct, voxels=ct.voxels.astype(np.float64)))
+    [cast] = recipes.apply(recipes.get("native", [("dtype", "uint8")]), ct)
+    assert cast["voxels"].dtype == np.uint8 and set(np.unique(cast["voxels"])) == {0, 255}
     assert native["voxels"].dtype == np.float32 and np.array_equal(native["affine"], ct.affine)
 
 
@@ -127,7 +130,9 @@ def test_one_dtype_holds_every_scan():
         return {s["voxels"].dtype.name for s in out}
 
     assert dtype(([0, 255], "u1")) == {"uint8"}
+    assert dtype(([0, 255], "i2"), ([3], ">i2")) == {"int16"}  # shared: kept, so that studies agree
     assert dtype(([0, 255], ">i2"), ([3], "i4")) == {"uint8"}
+    assert dtype(([0, 70000], "i4"), ([True], "?")) == {"float32"}
     assert dtype(([0, 255], "u1"), ([-3], "i2")) == {"int16"}
     assert dtype(([0, 40000], "u2"), ([3], "u1")) == {"uint16"}
     assert dtype(([0, 40000], "u2"), ([-3], "i2")) == {"float32"}
@@ -170,6 +175,7 @@ def test_every_option_is_read_by_a_step_and_stored():
         ("hlip_chest_ct", ("size", "1,2,2.5"), "whole numbers"),
         ("hlip_chest_ct", ("spacing", "0,1,1"), "must be positive"),
         ("native", ("value_range", "5,1"), "the lower first"),
+        ("native", ("dtype", "int32"), "auto, uint8"),
     ],
 )
 def test_wrong_recipes(name, option, message):
