@@ -42,6 +42,12 @@ vocab:
 """
 
 
+def _stopped(*_) -> None:
+    """SIGTERM of a batch system: leave through the exits, so that nothing half-written stays."""
+    print("error: stopped; run the same command again to continue", file=sys.stderr)
+    sys.exit(143)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -233,6 +239,5 @@ if __name__ == "__main__":
         os.environ.setdefault(name, "1")
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TOP_PAD_", str(64 << 20))
-    # Stopped by a batch system: leave through the exits, so that nothing half-written stays.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stopped)
     sys.exit(main(sys.argv[1:]))
