@@ -1,4 +1,4 @@
-"""Strings select modules: `load("models", "hlip")` is `jaxmed.models.hlip`.
+"""Strings select modules: `load("models", "bert")` is `jaxmed.models.bert`.
 
 A name with a dot names a module outside this tree (`"mypkg.mymodel"`), so that adding a model, objective,
 evaluator, source or port never means editing a shared file.
