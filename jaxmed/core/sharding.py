@@ -128,18 +128,8 @@ def infer_like(state, params, param_shardings, mesh: Mesh):
     return tree.map_with_path(one, state)
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process's devices hold, in order.
-
-    They follow from the sharding, not from the process index: with tensor parallelism over processes, several
-    processes hold the same rows.
-    """
-    index_map = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return sorted({r for (rows,) in index_map.values() for r in range(*rows.indices(batch_size))})
-
-
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Global arrays from the rows that this process holds (`local_rows`)."""
+    """Global arrays from the rows that this process's devices hold (as `data.pipeline` reads them)."""
     sharding = batch_sharding(mesh)
     return {
         k: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:])) for k, x in batch.items()

@@ -66,7 +66,7 @@ def embed_ids(predict_fns, mesh, train_state, ids: Int[Array, "n t"], batch_size
     multiple = sharding.batch_size_multiple(mesh)
     b = -(-min(batch_size, len(ids)) // multiple) * multiple
     rows = []
-    mine = sharding.local_rows(mesh, b)
+    mine = pipeline.rows_of(sharding.batch_sharding(mesh), b)
     for i in range(0, len(ids), b):
         part = np.zeros((b, ids.shape[1]), np.int32)
         part[: len(ids[i : i + b])] = ids[i : i + b]

@@ -207,7 +207,6 @@ class TestSharding:
     def test_put_batch_keeps_row_order(self):
         mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
         x = np.arange(16 * 3).reshape(16, 3)
-        assert sharding.local_rows(mesh, 16) == list(range(16))
         put = sharding.put_batch({"x": x}, mesh, 16)
         np.testing.assert_array_equal(sharding.gather(put)["x"], x)
 
