@@ -105,7 +105,7 @@ def sentence_step(case) -> dict:
     config = case.config
     loss, k = LOSSES[config["loss"]], config.get("accum_freq", 1)
     batch = batch_of(case, {"sentence": "sentence_ids", "text": "report_ids"})
-    batch["draws"] = draws_by_row(case, len(batch["_mask"]), k)
+    batch["draws"] = draws_by_row(case, len(batch["_mask"]))
     goal = objective(case, batch, loss, clamp_bias=config.get("clamp_bias", False), legacy_scale_grad=k)
     goal, params = with_draws_by_row(goal), hlip_text.params(case)
 
@@ -124,23 +124,21 @@ def sentence_step(case) -> dict:
     return case.pick(produced | published("grad", grads) | published("output/param_after_step", after))
 
 
-def draws_by_row(case, rows: int, microbatches: int) -> dict:
-    """The draws of all microbatches together, rows first, so that they can be dealt with the rows."""
-    parts: dict[str, list] = {}
-    for name in sorted(case.input, key=lambda n: int(n.rpartition("_")[2]) if n[-1].isdigit() else 0):
-        if name.startswith(hlip_visual.DRAWS):
-            kind = name if microbatches == 1 or name.startswith("drop_path") else re.sub(r"_\d+$", "", name)
-            kind = "patch_order" if name.startswith("patch_order") else kind
-            parts.setdefault(kind, []).append(jnp.asarray(case.input[name]))
+def draws_by_row(case, rows: int) -> dict:
+    """The draws of all microbatches ("<name>_<number>", rows in order) together, rows first, to be dealt with them."""
+
+    def parts(name):
+        found = {int(m[1] or 0): x for k, x in case.input.items() if (m := re.fullmatch(rf"{name}(?:_(\d+))?", k))}
+        return [jnp.asarray(found[k]) for k in sorted(found)]
+
     draws = {}
-    for kind, xs in parts.items():
-        if kind == "seq_perm":
-            per_part = rows // len(xs)
-            draws[kind] = jnp.concatenate([jnp.broadcast_to(x, (per_part, *x.shape[-1:])) for x in xs])
-        else:
-            x = jnp.concatenate(xs)
-            draws[kind] = x.reshape(rows, -1, *x.shape[1:])
-    return draws
+    if orders := parts("patch_order"):
+        x = jnp.concatenate(orders)
+        draws["patch_order"] = x.reshape(rows, -1, x.shape[-1])
+    if perms := parts("seq_perm"):
+        draws["seq_perm"] = jnp.repeat(jnp.stack(perms), rows // len(perms), axis=0)
+    masks = {k: x for k, x in case.input.items() if k.startswith("drop_path_mask/")}
+    return draws | {k: jnp.asarray(x).reshape(rows, -1) for k, x in masks.items()}
 
 
 def with_draws_by_row(goal):
@@ -157,15 +155,13 @@ def with_draws_by_row(goal):
 
 
 def accum_cached_features(case) -> dict:
-    """Ours accumulates to the gradient of the full batch; the reference's comes behind its option."""
+    """The gradient of the full batch, and the reference's accumulated one, behind the option for its scale."""
     k, batch, params = case.config["accum_freq"], batch_of(case, {"text": "input_ids"}), hlip_text.params(case)
-    goals = {"full_batch": objective(case, batch), "accumulated": objective(case, batch, legacy_scale_grad=k)}
-    produced = {}
-    for name, goal in goals.items():
-        loss, _, grads, _ = jax.jit(lambda p, b, goal=goal: value_and_grad(goal, p, b, k))(params, batch)
-        produced |= published(f"grad/{name}", grads)
-        produced |= {"output/loss_full_batch": loss, "output/loss_per_microbatch": jnp.full((k,), loss)}
-    return case.pick(produced)
+    right, legacy = objective(case, batch), objective(case, batch, legacy_scale_grad=k)
+    whole, _, grads, _ = jax.jit(lambda p, b: value_and_grad(right, p, b))(params, batch)
+    parts, _, accumulated, _ = jax.jit(lambda p, b: value_and_grad(legacy, p, b, k))(params, batch)
+    produced = {"output/loss_full_batch": whole, "output/loss_per_microbatch": jnp.full((k,), parts)}
+    return case.pick(produced | published("grad/full_batch", grads) | published("grad/accumulated", accumulated))
 
 
 def lock_text(case) -> dict:
