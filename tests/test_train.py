@@ -49,7 +49,8 @@ def run(data, workdir, **changes) -> dict:
 def command(data, workdir, *overrides, devices=8, env=None, cache=None, max_file_kb=None):
     flags = [f"--config.{field}={data}" for field in ("source.dir", "input.dir", "evals.spread.input.dir")]
     flags += [f"--config.{o}" for o in overrides] + ([] if cache is None else [f"--compile_cache={cache}"])
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **(env or {})}
+    flags_of_xla = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    env = {**os.environ, "XLA_FLAGS": flags_of_xla, **(env or {})}
     limit = ["bash", "-c", f'ulimit -f {max_file_kb} && exec "$@"', "-"] if max_file_kb else []
     return subprocess.Popen(
         [*limit, sys.executable, "-m", "jaxmed.main", "--config=tests/toy/config.py", f"--workdir={workdir}", *flags],
