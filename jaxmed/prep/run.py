@@ -218,11 +218,11 @@ def prepare(
         _write_shards(out, job, studies, plan, pool)
         parts = [_part(out, i) for i in range(len(plan))]
         summary = _write_report(out, arguments, len(studies), found, parts)
-    if not summary.studies:
-        top = ", ".join(f"{reason} ({n})" for reason, n in summary.rejected.most_common(3))
-        raise UserError(f"{out}: no usable study among the sources; {REPORT} there says why: {top or 'no file at all'}")
-    stored = {k: arguments[k] for k in ("read", "report", "split")}
-    shards.finish(out, arguments["name"], {**arguments["recipe"], **stored})
+        if not summary.studies:
+            top = ", ".join(f"{reason} ({n})" for reason, n in summary.rejected.most_common(3)) or "no file at all"
+            raise UserError(f"{out}: no usable study among the sources; {REPORT} there says why: {top}")
+        stored = {k: arguments[k] for k in ("read", "report", "split")}
+        shards.finish(out, arguments["name"], {**arguments["recipe"], **stored})
     return dataclasses.replace(summary, seconds=time.monotonic() - started)
 
 
@@ -243,7 +243,8 @@ def _own(out: Path) -> Iterator[None]:
             raise UserError(
                 f"--out={out}: another prep is at work there; wait for it or choose another folder"
             ) from None
-        for half in [*out.glob(".*.tmp"), *private.glob(".*.tmp")]:
+        ours = ("shard-*", shards.INDEX, shards.MANIFEST, REPORT)
+        for half in [*private.glob(".*.tmp"), *(p for name in ours for p in out.glob(f".{name}.*.tmp"))]:
             half.unlink()
         temporary = private / "tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -291,9 +292,12 @@ def _same_run(out: Path, arguments: dict[str, Any]) -> None:
     """Refuses to continue what was begun with other arguments; notes them if this is the beginning."""
     path = out / PRIVATE / "run.json"
     arguments = json.loads(json.dumps(arguments))
-    if not path.exists():
-        if shards.sidecars(out):
-            raise UserError(f"--out={out}: holds shards that this command did not write; choose another folder")
+    begun = bool(shards.sidecars(out))
+    if begun and not path.exists():
+        raise UserError(f"--out={out}: holds shards that this command did not write; choose another folder")
+    if not begun:  # nothing that other arguments could contradict
+        for part in path.parent.glob("part-*.json"):
+            part.unlink()
         shards.write_file(path, json.dumps(arguments, indent=1).encode())
         return
     before = json.loads(path.read_text())

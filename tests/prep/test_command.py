@@ -407,6 +407,10 @@ def test_out_folders_that_are_not_ours_to_write(tmp_path, capsys):
     studies(tmp_path / "raw", 2)
     assert main([raw, f"--out={out}", "--workers=0"]) == 2
     assert "the sources or the manifest" in capsys.readouterr().err
+    assert (
+        main([raw, f"--out={tmp_path / 'wrong'}", "--workers=0", "--recipe=hlip_head_ct", "--read.min_slices=99"]) == 2
+    )
+    assert main([raw, f"--out={tmp_path / 'wrong'}", "--workers=0"]) == 0  # nothing was stored: arguments may change
     (out / ".prep" / "run.json").unlink()
     assert main([raw, f"--out={out}", "--workers=0"]) == 2
     assert "did not write" in capsys.readouterr().err
