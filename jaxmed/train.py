@@ -172,7 +172,6 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     # ---- Loop.
     if first:
         metrics.write_json(workdir / "config.json", config.to_dict())
-    clock = Clock(start_step=start_step, total_steps=total_steps, peak=peak)
     step = start_step
     pending: list[Pending] = []  # measurements still on the devices, so that no step waits for them
     stopped = False
@@ -188,6 +187,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
         batches = stack.enter_context(contextlib.closing(stream.batches(start_step, total_steps)))
         if start_step == 0:
             writer.write(0, evaluate(0))
+        clock = Clock(start_step=start_step, peak=peak)
         for bucket, local_batch in batches:
             spec = stream.spec[bucket]
             batch = sharding.put_batch(local_batch, mesh, spec["_mask"].shape[0])

@@ -1,4 +1,4 @@
-"""How fast it goes: throughput, model FLOP utilisation, time left."""
+"""How fast it goes: throughput and model FLOP utilisation."""
 
 import time
 
@@ -44,13 +44,12 @@ def _measured_cpu_flops(device, size: int = 1024) -> float:
 
 
 class Clock:
-    """Rates since the last call of `tick`, and the time left."""
+    """Rates since the last call of `tick`."""
 
-    def __init__(self, *, start_step: int, total_steps: int, peak: float):
-        self._total_steps, self._peak = total_steps, peak
+    def __init__(self, *, start_step: int, peak: float):
+        self._peak = peak
         self._last_step, self._last_time = start_step, time.perf_counter()
         self._examples = self._flops = 0.0
-        self._seconds_per_step = 0.0
 
     def add(self, *, examples: float, flops: float) -> None:
         """What one step processed: real examples, and the FLOPs of the whole (padded) training step."""
@@ -70,10 +69,9 @@ class Clock:
     def tick(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
         seconds, steps = max(now - self._last_time, 1e-9), max(step - self._last_step, 1)
-        self._seconds_per_step = seconds / steps
         rates = {
             "examples_per_second": self._examples / seconds,
-            "seconds_per_step": self._seconds_per_step,
+            "seconds_per_step": seconds / steps,
         }
         if self._flops and self._peak:
             rates["mfu_percent"] = 100.0 * self._flops / seconds / self._peak
