@@ -6,7 +6,7 @@ names the published protocols; what they tune on the test labels says so in its 
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from scipy.stats import rankdata
 
 Array = np.ndarray
@@ -64,7 +64,7 @@ def merge_max_if_any(a: Float[Array, "n"], b: Float[Array, "n"], threshold: floa
 # Classification.
 
 
-def auc(labels: Float[Array, "n"], scores: Float[Array, "n"]) -> float:
+def auc(labels: Num[Array, "n"], scores: Num[Array, "n"]) -> float:
     """Area under the ROC curve, ties counting one half; NaN if only one class is present."""
     known = ~np.isnan(labels)
     positive = labels[known] > 0.5
@@ -75,7 +75,7 @@ def auc(labels: Float[Array, "n"], scores: Float[Array, "n"]) -> float:
     return float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
-def macro_auc(labels: Float[Array, "n k"], scores: Float[Array, "n k"]) -> float:
+def macro_auc(labels: Num[Array, "n k"], scores: Num[Array, "n k"]) -> float:
     """The mean AUC of the classes that have both kinds of label; NaN if none has."""
     values = [auc(labels[:, j], scores[:, j]) for j in range(labels.shape[1])]
     values = [v for v in values if not np.isnan(v)]
@@ -118,7 +118,7 @@ def weighted_f1(matrix: Int[Array, "k k"]) -> float:
     return float((f1 * matrix.sum(1)).sum() / max(matrix.sum(), 1))
 
 
-def threshold_searched(labels: Float[Array, "n"], scores: Float[Array, "n"]) -> float:
+def threshold_searched(labels: Num[Array, "n"], scores: Num[Array, "n"]) -> float:
     """The threshold of 100 equally spaced ones in [0, 1] whose ROC point is nearest to (0, 1); ties go to the largest.
 
     The published chest-CT numbers choose it on the labels they then report on, which flatters them. Use it on a
@@ -134,7 +134,7 @@ def threshold_searched(labels: Float[Array, "n"], scores: Float[Array, "n"]) -> 
     return float(thresholds[np.flatnonzero(distance == distance.min())[-1]])
 
 
-def binary_metrics(labels: Float[Array, "n"], scores: Float[Array, "n"], threshold: float = 0.5) -> dict[str, float]:
+def binary_metrics(labels: Num[Array, "n"], scores: Num[Array, "n"], threshold: float = 0.5) -> dict[str, float]:
     """One finding: positive where score > threshold.
 
     Returns:

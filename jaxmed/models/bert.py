@@ -4,6 +4,7 @@ Devlin et al. 2018 (arXiv 1810.04805); poolers and projections as CLIP wrappers 
 Numerics: LayerNorm epsilon 1e-12, erf GELU, token type 0 always added, attention to ids != 0 only.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ class Block(nn.Module):
     attention_dropout: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 8.0
-    lora_targets: tuple[str, ...] = ()
+    lora_targets: Sequence[str] = ()
     attn_impl: str = "xla"
     dtype: Any = jnp.float32
 
@@ -118,7 +119,7 @@ class Model(nn.Module):
     attention_dropout: float = 0.0
     lora_rank: int = 0
     lora_alpha: float = 8.0
-    lora_targets: tuple[str, ...] = ("query", "value")
+    lora_targets: Sequence[str] = ("query", "value")
     scan_blocks: bool = False
     remat: str = "none"
     attn_impl: str = "auto"
@@ -248,6 +249,9 @@ def lock_groups(
     prefix: str = "text/",
 ) -> tuple[tuple[str, float], ...]:
     """Which parameters of the tower stay fixed, as (regex, 0.0) groups for `core.optim.make`.
+
+    A config holds the result: `config.optim.groups`. As published for the chest models ("all_but_norms"), it is
+    ((r"^(?!.*(?:_norm/|^text/proj(_[01])?/))text/", 0.0),).
 
     Args:
       depth: number of blocks.

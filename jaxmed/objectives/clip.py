@@ -75,7 +75,7 @@ def _as_mask(mask, b):
 def clip_terms(
     image: Float[Array, "b z"],
     text: Float[Array, "b z"],
-    scale: Float[Array, ""],
+    scale: Float[Array, ""] | float,
     *,
     mask: Float[Array, "b"] | None = None,
     reports: UInt[Array, "b k"] | None = None,
@@ -115,8 +115,8 @@ def clip_loss(image, text, scale, *, mask=None, **options) -> Float[Array, ""]:
 def siglip_terms(
     image: Float[Array, "b z"],
     text: Float[Array, "b z"],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float,
     *,
     mask: Float[Array, "b"] | None = None,
     reports: UInt[Array, "b k"] | None = None,
@@ -148,8 +148,8 @@ def dual_loss(
     image: Float[Array, "b 2 z"],
     sentence: Float[Array, "b z"],
     report: Float[Array, "b z"],
-    scale: Float[Array, ""],
-    report_scale: Float[Array, ""],
+    scale: Float[Array, ""] | float,
+    report_scale: Float[Array, ""] | float,
     *,
     sentence_reports: UInt[Array, "b k"] | None = None,
     reports: UInt[Array, "b k"] | None = None,
@@ -226,7 +226,8 @@ def build(
     clamp_bias: bool = False,
     legacy_scale_grad: int = 1,
 ) -> Objective:
-    """The contrastive objective on batches with "image", "text" and/or "sentence", "_mask" and perhaps "scan_depths".
+    """The contrastive objective on batches with "image", "text" and/or "sentence", "_mask" and perhaps "scan_depths"
+    (and "draws": random draws given to the image tower instead of drawn, for parity).
 
     Args:
       model: {"name": module in jaxmed/models, options}; `two_towers`, or one with its contract.
@@ -373,8 +374,9 @@ def build(
 
     @functools.cache
     def flops_of(shapes):
-        params, _ = jax.eval_shape(init, jax.random.key(0))
-        return flops.count(encode, params, dict(shapes))
+        rng = jax.eval_shape(lambda: jax.random.key(0))
+        params, _ = jax.eval_shape(init, rng)
+        return flops.count(encode, params, dict(shapes), rng)  # a training pass: patch dropout saves work
 
     def flops_fn(shapes):
         return flops_of(tuple(sorted(shapes.items())))

@@ -24,8 +24,8 @@ WAITING = {
 }
 LOSSES = {"clip": "clip", "siglip": "siglip", "sentence_clip": "sentence", "dual_clip": "dual"}
 # As in configs/hlip.py: no decay of biases, norms and scales; position tables are frozen.
-NO_DECAY = (r"(bias|scale)$",)
-FROZEN = (r"_posemb$", 0.0)
+NO_DECAY = (r"(^|/)(bias|scale)$", "^logit_")
+FROZEN = (r"(spatial|sequential)_posemb$", 0.0)
 
 
 def objective(case, batch: dict, loss: str = "clip", **options):
