@@ -21,6 +21,7 @@ MASKED = -1e30
 FLASH_MIN_TOKENS = 512
 TPU_LANES = 128
 CUDNN_MULTIPLE = 64
+CUDNN_BYTES = (2,)  # per number: it has no float32
 
 
 def pick(impl: str, tokens: int, dtype) -> str:
@@ -32,7 +33,7 @@ def pick(impl: str, tokens: int, dtype) -> str:
     backend = jax.default_backend()
     if backend == "tpu" and tokens >= FLASH_MIN_TOKENS:
         return "flash_tpu"
-    if backend == "gpu" and jnp.dtype(dtype).itemsize == 2:
+    if backend == "gpu" and jnp.dtype(dtype).itemsize in CUDNN_BYTES:
         return "cudnn"
     return "xla"
 
@@ -132,7 +133,7 @@ def _pad_tokens(x, to: int, axis: int):
 
 def _cudnn(q, k, v, keep):
     """Token counts padded to a multiple of 64 (odd ones are refused with a mask); the true lengths go along."""
-    if jnp.dtype(v.dtype).itemsize != 2:
+    if jnp.dtype(v.dtype).itemsize not in CUDNN_BYTES:
         raise UserError(f"attn_impl: 'cudnn' needs bfloat16 or float16 activations, not {v.dtype}; set dtype or 'xla'")
     b, n, m = q.shape[0], q.shape[1], k.shape[1]
     to_n, to_m = (-(-x // CUDNN_MULTIPLE) * CUDNN_MULTIPLE for x in (n, m))

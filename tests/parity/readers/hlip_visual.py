@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmed.core import tree
 from jaxmed.models import hlip
-from jaxmed.models.layers import posemb
+from jaxmed.models.layers import inflate, posemb
 from jaxmed.ports import hlip_visual as port
 
 SYSTEM = "hlip"
@@ -36,7 +36,7 @@ def model(vision: dict) -> hlip.Model:
         rope=vision["impl"] == "rope",
         patch_drop=vision.get("patch_drop", 0.0),
         drop_path=vision.get("drop_path", 0.0),
-        posemb_init="1d2d",
+        posemb_init="1d2d" if newer else "3d",
     )
 
 
@@ -114,10 +114,23 @@ def posemb_resample(case) -> dict:
     return result
 
 
+def init_from_2d_mae(case) -> dict:
+    mae = {k.removeprefix("mae/"): x for k, x in case.input.items()}
+    result = {}
+    for one in case.config["cases"]:
+        patch = tuple(one["patch"])
+        grid = tuple(n // p for n, p in zip(one["img"], patch))
+        for inflation, place in (("average", ""), ("central", "central/")):
+            out = inflate.from_2d_mae(mae, patch=patch, grid=grid, inflation=inflation)
+            result |= {f"output/{one['name']}/{place}{k}": x for k, x in out.items()}
+    return case.pick(result)
+
+
 READERS = {
     "visual": visual,
     "visual_train": visual_train,
     "ragged": ragged,
     "posemb_sincos": posemb_sincos,
     "posemb_resample": posemb_resample,
+    "init_from_2d_mae": init_from_2d_mae,
 }
