@@ -39,16 +39,47 @@ def objective(case, batch: dict, loss: str = "clip", **options):
         "logit_bias_init": 0.0 if "logit_bias" in case.param else None,
     }
     spec = {"only": {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items() if k != "draws"}}
-    return clip.make(Config({"objective": {"name": "clip", "loss": loss, **options}, "model": model}), spec)
+    return with_draws_by_row(
+        clip.make(Config({"objective": {"name": "clip", "loss": loss, **options}, "model": model}), spec)
+    )
 
 
-def batch_of(case, texts: dict[str, str]) -> dict:
-    """The batch of a case; `texts`: our key -> the file's."""
-    batch = {k: hlip_text.ids(case.input[name]) for k, name in texts.items()}
+def draws_by_row(case, rows: int) -> dict:
+    """The draws of all microbatches ("<name>_<number>", rows in order) together, rows first, to be dealt with them."""
+
+    def parts(name):
+        found = {int(m[1] or 0): x for k, x in case.input.items() if (m := re.fullmatch(rf"{name}(?:_(\d+))?", k))}
+        return [jnp.asarray(found[k]) for k in sorted(found)]
+
+    draws = {}
+    if orders := parts("patch_order"):
+        x = jnp.concatenate(orders)
+        draws["patch_order"] = x.reshape(rows, -1, x.shape[-1])
+    if perms := parts("seq_perm"):
+        draws["seq_perm"] = jnp.repeat(jnp.stack(perms), rows // len(perms), axis=0)
+    masks = {k: x for k, x in case.input.items() if k.startswith("drop_path_mask/")}
+    return draws | {k: jnp.asarray(x).reshape(rows, -1) for k, x in masks.items()}
+
+
+def with_draws_by_row(goal):
+    """The same objective with draws (rows, groups of a row, ...) instead of (groups, ...)."""
+
+    def flat(batch):
+        join = {k: x if k == "seq_perm" else x.reshape(-1, *x.shape[2:]) for k, x in batch["draws"].items()}
+        return {**batch, "draws": join}
+
+    return goal._replace(
+        loss_fn=lambda params, aux, batch, *rest: goal.loss_fn(params, aux, flat(batch), *rest),
+        features_fn=lambda params, aux, batch, *rest: goal.features_fn(params, aux, flat(batch), *rest),
+    )
+
+
+def batch_of(case) -> dict:
+    """The batch of a case; draws are by row (see `with_draws_by_row`)."""
+    names = {"text": "input_ids"} if "input_ids" in case.input else {"sentence": "sentence_ids", "text": "report_ids"}
     image = hlip_visual.image(case.input["image"])
-    batch |= {"image": image, "_mask": jnp.ones(image.shape[0]), "draws": {}}
-    batch["draws"] |= {k: jnp.asarray(x) for k, x in case.input.items() if k.startswith(hlip_visual.DRAWS)}
-    return batch
+    texts = {k: hlip_text.ids(case.input[name]) for k, name in names.items()}
+    return {"image": image, **texts, "_mask": jnp.ones(len(image)), "draws": draws_by_row(case, len(image))}
 
 
 def value_and_grad(goal, params, batch, microbatches: int = 1):
@@ -82,32 +113,11 @@ def published(prefix: str, params) -> dict:
     return {f"{prefix}/{k}": x for k, x in port.to_published(params).items()}
 
 
-def clip_step(case) -> dict:
-    batch = batch_of(case, {"text": "input_ids"})
-    goal, params = objective(case, batch, LOSSES[case.config["loss"]]), hlip_text.params(case)
-
-    @jax.jit
-    def run(params, batch):
-        loss, _, grads, features = value_and_grad(goal, params, batch)
-        return loss, grads, features, update(goal, params, grads, case.config["opt"])
-
-    loss, grads, features, after = run(params, batch)
-    produced = {
-        "output/loss": loss,
-        "output/image_features": features["image"].reshape(len(batch["_mask"]), -1),
-        "output/text_features": features["text"],
-        "output/logit_scale_exp": jnp.exp(params["logit_scale"]),
-    }
-    return case.pick(produced | published("grad", grads) | published("output/param_after_step", after))
-
-
-def sentence_step(case) -> dict:
-    config = case.config
-    loss, k = LOSSES[config["loss"]], config.get("accum_freq", 1)
-    batch = batch_of(case, {"sentence": "sentence_ids", "text": "report_ids"})
-    batch["draws"] = draws_by_row(case, len(batch["_mask"]))
+def step(case) -> dict:
+    """A whole training step, perhaps of several microbatches."""
+    config, batch, params = case.config, batch_of(case), hlip_text.params(case)
+    k, loss = config.get("accum_freq", 1), LOSSES[config["loss"]]
     goal = objective(case, batch, loss, clamp_bias=config.get("clamp_bias", False), legacy_scale_grad=k)
-    goal, params = with_draws_by_row(goal), hlip_text.params(case)
 
     @jax.jit
     def run(params, batch):
@@ -115,49 +125,23 @@ def sentence_step(case) -> dict:
         return loss, measurements, grads, features, update(goal, params, grads, config["opt"])
 
     value, measurements, grads, features, after = run(params, batch)
-    # The reference reports the loss of the whole batch once for every microbatch.
     values = {"loss": value, **{n: measurements.get(n, value) for n in ("loss_sentence", "loss_report")}}
-    produced = {f"output/{n}": jnp.full((k,), x) for n, x in values.items()}
-    produced |= {"output/image_features": features["image"], "output/sentence_features": features["sentence"]}
-    if "text" in features:
-        produced["output/report_features"] = features["text"]
+    if case.kind == "sentence_step":  # the loss of the whole batch once for every microbatch
+        values = {n: jnp.full((k,), x) for n, x in values.items()}
+    produced = {f"output/{n}": x for n, x in values.items()}
+    produced["output/logit_scale_exp"] = jnp.exp(params["logit_scale"])
+    by_token = hlip_visual.model(config["vision"]).keep_token_axis
+    produced["output/image_features"] = features["image"] if by_token else features["image"][:, 0]
+    for name, key in {"text": "text", "report": "text", "sentence": "sentence"}.items():
+        produced[f"output/{name}_features"] = features.get(key)
     return case.pick(produced | published("grad", grads) | published("output/param_after_step", after))
-
-
-def draws_by_row(case, rows: int) -> dict:
-    """The draws of all microbatches ("<name>_<number>", rows in order) together, rows first, to be dealt with them."""
-
-    def parts(name):
-        found = {int(m[1] or 0): x for k, x in case.input.items() if (m := re.fullmatch(rf"{name}(?:_(\d+))?", k))}
-        return [jnp.asarray(found[k]) for k in sorted(found)]
-
-    draws = {}
-    if orders := parts("patch_order"):
-        x = jnp.concatenate(orders)
-        draws["patch_order"] = x.reshape(rows, -1, x.shape[-1])
-    if perms := parts("seq_perm"):
-        draws["seq_perm"] = jnp.repeat(jnp.stack(perms), rows // len(perms), axis=0)
-    masks = {k: x for k, x in case.input.items() if k.startswith("drop_path_mask/")}
-    return draws | {k: jnp.asarray(x).reshape(rows, -1) for k, x in masks.items()}
-
-
-def with_draws_by_row(goal):
-    """The same objective with draws (rows, groups of a row, ...) instead of (groups, ...)."""
-
-    def flat(batch):
-        join = {k: x if k == "seq_perm" else x.reshape(-1, *x.shape[2:]) for k, x in batch["draws"].items()}
-        return {**batch, "draws": join}
-
-    return goal._replace(
-        loss_fn=lambda params, aux, batch, *rest: goal.loss_fn(params, aux, flat(batch), *rest),
-        features_fn=lambda params, aux, batch, *rest: goal.features_fn(params, aux, flat(batch), *rest),
-    )
 
 
 def accum_cached_features(case) -> dict:
     """The gradient of the full batch, and the reference's accumulated one, behind the option for its scale."""
-    k, batch, params = case.config["accum_freq"], batch_of(case, {"text": "input_ids"}), hlip_text.params(case)
-    right, legacy = objective(case, batch), objective(case, batch, legacy_scale_grad=k)
+    k, batch, params = case.config["accum_freq"], batch_of(case), hlip_text.params(case)
+    loss = LOSSES[case.config.get("loss", "clip")]
+    right, legacy = objective(case, batch, loss), objective(case, batch, loss, legacy_scale_grad=k)
     whole, _, grads, _ = jax.jit(lambda p, b: value_and_grad(right, p, b))(params, batch)
     parts, _, accumulated, _ = jax.jit(lambda p, b: value_and_grad(legacy, p, b, k))(params, batch)
     produced = {"output/loss_full_batch": whole, "output/loss_per_microbatch": jnp.full((k,), parts)}
@@ -165,11 +149,11 @@ def accum_cached_features(case) -> dict:
 
 
 def lock_text(case) -> dict:
-    batch, params = batch_of(case, {"text": "input_ids"}), hlip_text.params(case)
+    batch, params = batch_of(case), hlip_text.params(case)
     groups = bert.lock_groups(case.config["text"]["depth"], lock="all_but_norms")
     names = {n.removeprefix("text.") for n in hlip_text.trainable(params, groups)}
     assert names == set(case.config["trainable_text_names"]), names ^ set(case.config["trainable_text_names"])
-    goal = objective(case, batch)
+    goal = objective(case, batch, LOSSES[case.config.get("loss", "clip")])
     loss, _, grads, _ = jax.jit(lambda p, b: value_and_grad(goal, p, b))(params, batch)
     trained = {k: g for k, g in tree.flatten(grads).items() if tree.first_match(groups, k, 1.0)}
     return case.pick({"output/loss": loss, **published("grad", tree.unflatten(trained))})
@@ -273,8 +257,8 @@ def lr_schedule(case) -> dict:
 
 
 READERS = {
-    "clip_step": clip_step,
-    "sentence_step": sentence_step,
+    "clip_step": step,
+    "sentence_step": step,
     "accum_cached_features": accum_cached_features,
     "lock_text": lock_text,
     "zeroshot": zeroshot,
