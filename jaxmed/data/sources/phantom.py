@@ -51,15 +51,15 @@ class Config:
       lesion_scale: multiplies the radius of every lesion.
     """
 
-    size: int = 48
-    depth: tuple[int, int] = (12, 16)
+    size: int = 40
+    depth: tuple[int, int] = (8, 12)
     depth_step: int = 4
     scans: tuple[int, int] = (2, 6)
-    step_mm: float = 3.5
+    step_mm: float = 4.0
     warp_mm: float = 4.0
-    cover_mm: tuple[float, float] = (145.0, 165.0)
-    fov_mm: tuple[float, float] = (205.0, 235.0)
-    noise: tuple[float, float] = (0.03, 0.08)
+    cover_mm: tuple[float, float] = (130.0, 150.0)
+    fov_mm: tuple[float, float] = (185.0, 205.0)
+    noise: tuple[float, float] = (0.02, 0.06)
     lesion_scale: float = 1.0
 
 
@@ -79,7 +79,7 @@ class Finding:
 
 
 # Radius ranges in mm.
-_RADIUS = {"hemorrhage": (11, 20), "infarct": (16, 30), "mass": (11, 19), "metastases": (5, 8.5)}
+_RADIUS = {"hemorrhage": (14, 24), "infarct": (20, 36), "mass": (14, 22), "metastases": (6.5, 10)}
 
 
 def draw_lesion(rng: np.random.Generator, head: anatomy.Head, kind: str, scale: float = 1.0) -> Finding:
@@ -89,7 +89,7 @@ def draw_lesion(rng: np.random.Generator, head: anatomy.Head, kind: str, scale: 
     side = ("left", "right")[int(rng.integers(2))]
     region = anatomy.REGIONS[int(rng.integers(len(anatomy.REGIONS)))]
     lo, hi = (scale * r for r in _RADIUS[kind])
-    count = int(rng.integers(3, 8)) if kind == "metastases" else 1
+    count = int(rng.integers(4, 10)) if kind == "metastases" else 1
     radii = rng.uniform(lo, hi, count)
     if kind == "metastases":
         for i, radius in enumerate(radii):

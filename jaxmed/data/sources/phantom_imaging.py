@@ -31,11 +31,11 @@ MATERIALS: dict[str, tuple[float, float, float, float, float]] = {
     "mucosa": (1500, 200, 0.90, 1.2, 30),
     "vessel": (1300, 25, 0.60, 3.0, 45),
     "calcium": (900, 30, 0.30, 0.0, 130),
-    "clot": (900, 38, 0.85, 0.0, 72),
+    "clot": (850, 32, 0.85, 0.0, 75),
     "old_clot": (380, 120, 0.90, 0.0, 62),
-    "ischemia": (1350, 165, 0.95, 0.05, 17),
+    "ischemia": (1500, 190, 0.97, 0.05, 14),
     "oedema": (1250, 145, 0.92, 0.05, 20),
-    "solid": (1150, 105, 0.88, 3.5, 46),
+    "solid": (1200, 105, 0.88, 5.0, 50),
     "necrosis": (2400, 320, 0.97, 0.0, 14),
 }
 _TABLE = np.array([MATERIALS[m] for m in (*TISSUES, *LESION_PARTS)], np.float64).T
