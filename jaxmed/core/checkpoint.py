@@ -7,13 +7,16 @@ renamed when whole: a run killed at any moment leaves only whole checkpoints.
 
 import contextlib
 import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxmed.core import tree
+from jaxmed.core import tree, weights
 from jaxmed.core.errors import UserError
 
 _policies = ocp.training.preservation_policies
@@ -138,18 +141,21 @@ def shapes(params) -> dict[str, list[int]]:
     return {name: list(x.shape) for name, x in tree.flatten(params).items()}
 
 
-def compare(stored: dict[str, list[int]], params, path: Path) -> None:
+def compare(stored: dict[str, list[int]], params, path: Path, hint: str = "") -> None:
     """Raises UserError naming the first parameter of `params` that a checkpoint lacks or has in another shape."""
     for name, shape in shapes(params).items():
         if name not in stored:
-            raise UserError(f"checkpoint {path}: it has no parameter {name!r}; was it made with another config.model?")
+            raise UserError(
+                f"checkpoint {path}: it has no parameter {name!r}; was it made with another config.model?{hint}"
+            )
         if list(stored[name]) != shape:
             raise UserError(
-                f"checkpoint {path}: parameter {name!r} has shape {tuple(stored[name])}, the model wants {tuple(shape)}"
+                f"checkpoint {path}: parameter {name!r} has shape {tuple(stored[name])}, "
+                f"the model wants {tuple(shape)}{hint}"
             )
     extra = sorted(set(stored) - set(shapes(params)))
     if extra:
-        raise UserError(f"checkpoint {path}: the model has no parameter {extra[0]!r} ({len(extra)} such in all)")
+        raise UserError(f"checkpoint {path}: the model has no parameter {extra[0]!r} ({len(extra)} such in all){hint}")
 
 
 def load_part(directory: str | Path, part: str, abstract) -> Any:
@@ -159,16 +165,101 @@ def load_part(directory: str | Path, part: str, abstract) -> Any:
       UserError: there is no checkpoint, it is damaged, or its parameters differ from `abstract`.
     """
     path = find(directory)
+    if part == "params":
+        compare(_meta(path)["shapes"], abstract, path)
+    return _load(path, part, abstract)
+
+
+def load_params(directory: str | Path) -> dict[str, np.ndarray]:
+    """All parameters of the newest checkpoint below a workdir (or of the folder itself) as {"a/b/c": array}.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    path = find(directory)
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         with _quiet():
-            if part == "params":
-                compare(ocp.load_checkpointables(path, {"meta": None})["meta"]["shapes"], abstract, path)
-            return ocp.load_checkpointables(path, {part: abstract})[part]
-    except UserError:
-        raise
+            stored = ocp.checkpointables_metadata(path).metadata["params"]
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), stored)
     except Exception as e:
-        text = " ".join(str(e).split())[:300]
-        raise UserError(f"checkpoint {path}: cannot read its {part} ({type(e).__name__}: {text})") from e
+        raise _unreadable(path, "params", e) from e
+    return {name: np.asarray(x) for name, x in tree.flatten(_load(path, "params", abstract)).items()}
+
+
+def start_from(source: str | Path, params, *, leave: Sequence[str] = ()) -> tuple[Any, list[str]]:
+    """`params` with the values that another run, or a file of ported weights, has for them.
+
+    Args:
+      source: a workdir or checkpoint folder, a folder that `jaxmed.port` wrote, or its .safetensors file.
+      params: initialised parameters; values are cast to their dtype and laid out like them. If nothing is left,
+        `ShapeDtypeStruct`s with shardings are enough.
+      leave: regexes of paths. What matches keeps its value in `params`, and is left in the source.
+
+    Returns:
+      The parameters, and the paths of those that kept their value.
+
+    Raises:
+      UserError: there are no weights, they are damaged, or a parameter that is not left is missing, has another shape
+        or is too much (names it, with both shapes); a regex matches nothing.
+    """
+    path, stored = Path(source), None
+    if path.is_dir() and (path / weights.PARAMS).is_file():
+        path = path / weights.PARAMS
+    if path.is_file():
+        stored = weights.shapes(path)
+        if not any(name in stored for name in tree.flatten(params)):
+            raise UserError(
+                f"{path}: its tensors have other names than this model ({min(stored, default='none')!r}); "
+                "published weights go through python -m jaxmed.port first"
+            )
+    else:
+        path = find(path)
+        stored = _meta(path)["shapes"]
+    flat = tree.flatten(params)
+    tree.check_rules(leave, {**stored, **flat}, "config.init_except")
+
+    def left(name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in leave)
+
+    wanted = {name: x for name, x in flat.items() if not left(name)}
+    hint = "" if leave else "; config.init_except=(regex, ...) leaves parameters out on both sides"
+    compare({n: s for n, s in stored.items() if not left(n)}, wanted, path, hint)
+    if path.is_file():
+        read = weights.read(path)
+        values = {name: _place(read[name], x) for name, x in wanted.items()}
+    else:
+        abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in wanted.items()}
+        values = tree.flatten(_load(path, "params", tree.unflatten(abstract), some=True))
+    return tree.map_with_path(lambda name, x: values.get(name, x), params), [n for n in flat if n not in wanted]
+
+
+def _place(x: np.ndarray, like) -> jax.Array:
+    x = x.astype(like.dtype)
+    return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    try:
+        with _quiet():
+            return ocp.load_checkpointables(path, {"meta": None})["meta"]
+    except Exception as e:
+        raise _unreadable(path, "meta", e) from e
+
+
+def _load(path: Path, part: str, abstract, *, some: bool = False) -> Any:
+    """`some`: of the stored arrays only those that are in `abstract`."""
+    partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=some))
+    try:
+        with _quiet(), ocp.Context(pytree_options=partial):
+            return ocp.load_checkpointables(path, {part: abstract})[part]
+    except Exception as e:
+        raise _unreadable(path, part, e) from e
+
+
+def _unreadable(path: Path, part: str, error: Exception) -> UserError:
+    text = " ".join(str(error).split())[:300]
+    return UserError(f"checkpoint {path}: cannot read its {part} ({type(error).__name__}: {text})")
 
 
 def find(directory: str | Path) -> Path:
