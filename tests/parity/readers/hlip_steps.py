@@ -1,6 +1,5 @@
 """HLIP's two towers: whole training steps, accumulation, locked text, zero-shot scores, metrics, learning rates."""
 
-import math
 import re
 
 import jax
@@ -8,20 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxmed import predict, predict_model, predict_prompts
 from jaxmed.core import accumulate, optim, tree
 from jaxmed.core.config import Config
 from jaxmed.data import ops
-from jaxmed.evals import scores
+from jaxmed.evals import relevance, scores
 from jaxmed.models import bert
 from jaxmed.objectives import clip
 from jaxmed.ports import hlip as port
 from tests.parity.readers import hlip_text, hlip_visual
 
 SYSTEM = "hlip"
-WAITING = {
-    (kind, "output/relevance"): "heat maps come with 'HLIP in use'"
-    for kind in ("interpret_relevance", "zeroshot_from_scans")
-}
 LOSSES = {"clip": "clip", "siglip": "siglip", "sentence_clip": "sentence", "dual_clip": "dual"}
 # As in configs/hlip.py: no decay of biases, norms and scales; position tables are frozen.
 NO_DECAY = (r"(^|/)(bias|scale)$", "^logit_")
@@ -197,25 +193,43 @@ def zeroshot_from_scans(case) -> dict:
         out, _ = ops.slice_grid(scan, resize_to=config["resize"], slices=config["num_slices"], crop=config["crop"])
         scans.append(ops.standardise(ops.unit_range(out, 0, 255)))
     image = np.stack(scans)[None]
-    return case.pick({"output/image": image[:, :, None], **zero_shot(case, jnp.asarray(image))})
+    produced = zero_shot(case, jnp.asarray(image))
+    found, _, _ = explained(case, jnp.asarray(image), produced["output/classifier"])
+    return case.pick({"output/image": image[:, :, None], "output/relevance_tokens": found, **produced})
+
+
+def explained(case, image, classifier) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Relevance by patch, and the last block's attention and its gradient, for the target class of one study."""
+    config, batch = case.config, {"image": image}
+    goal = objective(case, {**batch, "text": jnp.zeros((1, 2), jnp.int32), "_mask": jnp.ones(1)})
+    tower, params = hlip_visual.model(config["vision"]), hlip_text.params(case)
+    names = tuple(str(i) for i in range(config["classes"]))
+    loaded = predict_model.Loaded("", {}, tower, params, goal.predict_fns, "clip", None, {}, None)
+    prompts = predict_prompts.Prompts(names, (), "softmax", None)
+    asker = predict.Asker(loaded, prompts, classifier, target=config["target"])
+    found = asker(batch, heatmap=True)["relevance"][0]
+
+    def logit(z):
+        return jnp.exp(params["logit_scale"]) * z @ jnp.asarray(classifier)[:, config["target"]], ()
+
+    attend = jax.jit(lambda params: predict_model.explain(tower, params, batch, logit, every_row=True)[2:4])
+    return found, *attend(params["image"])
 
 
 def interpret_relevance(case) -> dict:
-    """The last block's attention and its gradient for the target class's logit."""
-    image, config = hlip_visual.image(case.input["image"]), case.config
+    image = hlip_visual.image(case.input["image"])
     produced = zero_shot(case, image)
-    tower, params = hlip_visual.model(config["vision"]), hlip_text.params(case)
-    classifier = jnp.asarray(produced["output/classifier"])
-    tokens = math.prod(n // p for n, p in zip(image.shape[2:], tower.patch)) * image.shape[1] + tower.prefix_tokens
-    probe = jnp.zeros((image.shape[0], tower.heads, tokens, tokens))
-
-    def logit(probe):
-        z, out = tower.apply({"params": params["image"]}, image, probe=probe)
-        unit = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
-        return (jnp.exp(params["logit_scale"]) * unit @ classifier)[0, config["target"]], out["attention"]
-
-    grad, attention = jax.jit(jax.grad(logit, has_aux=True))(probe)
-    return case.pick({**produced, "output/attention_last": attention, "output/attention_last_grad": grad})
+    found, attention, gradient = explained(case, image, produced["output/classifier"])
+    patch = case.config["vision"]["patch_size"]
+    return case.pick(
+        {
+            **produced,
+            "output/relevance_tokens": found,
+            "output/relevance_voxels": np.stack([relevance.on_voxels(x, patch, image.shape[2:]) for x in found]),
+            "output/attention_last": attention,
+            "output/attention_last_grad": gradient,
+        }
+    )
 
 
 def metrics_binary(case) -> dict:
