@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,20 @@ recipes (all their options: --list-recipes):
   --recipe.OPTION=VALUE changes one option, e.g. --recipe.slices=24, --recipe.size=112,256,256,
   --recipe.windows.blood=80,200, --recipe.modalities=CT. --read.OPTION=VALUE changes how files are read, e.g.
   --read.max_missing=0, --read.skip_names=mask. Both are stored with the shards.
+
+manifest:
+  One row per study (or per file), found by one of the columns: path (file or folder, relative to the manifest or to
+  SRC), StudyInstanceUID, AccessionNumber, bids or participant_id with session_id, VolumeName (a file's name, wherever
+  it lies). What it says: report (text, split into sentences; in JSON also a list), label:NAME or label_NAME (numbers,
+  yes/no, empty = unknown; in JSON also labels = an object), split, patient, study (rows with the same word are one
+  study), RescaleSlope, RescaleIntercept, XYSpacing, ZSpacing (replace what NIfTI and NRRD headers say).
+  Capitals, blanks, - and _ in these names do not matter. Several manifests are joined on the studies they find.
+  CT-RATE as published: SRC = dataset/train, and
+    --manifest=train_reports.csv --manifest=train_metadata.csv --labels=train_predicted_labels.csv
+    --report=ct_rate_raw --recipe=hlip_chest_ct --patient='train_\\d+'
+  The reconstructions train_1_a_1, train_1_a_2 lie in one folder and so are scans of one study; if yours lie otherwise,
+  add --study='train_\\d+_[a-z]+'. A config with buckets scans=(1,) then draws one of them per study and epoch. Volumes
+  whose headers and values are repaired already (train_fixed) need no metadata table.
 
 sources:
   --source=tfds --source.dir=FOLDER --source.image=FIELD --source.text=FIELD makes shards of a TensorFlow Datasets set
@@ -88,7 +103,23 @@ def _prep(argv: list[str]) -> int:
     add("sources", nargs="*", metavar="SRC", help="folder, zip or image file")
     add("--out", metavar="DIR", help="folder of the data set")
     add("--source", default="", metavar="NAME", help="a module of jaxmed/data/sources instead of SRC, see below")
-    add("--manifest", metavar="FILE", help="CSV, TSV, JSON or JSON lines with reports, labels, splits of the studies")
+    add(
+        "--manifest",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="CSV, TSV, JSON or JSON lines with reports, labels, splits of the studies, see below; may be repeated",
+    )
+    add(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="COLUMNS",
+        help="columns that are labels without the prefix label:, with commas between; or a table whose every other "
+        "column is one; may be repeated",
+    )
+    add("--study", default="", metavar="REGEX", help="what it matches in a file's place names its study")
+    add("--patient", default="", metavar="REGEX", help="what it matches in a file's place names its patient")
     add("--report", metavar="FORM", default="sentences", choices=text.FORMS, help=f"text of a study: {forms}")
     add("--recipe", metavar="NAME", default="native", help="how scans are stored (default: native)")
     add("--list-recipes", action="store_true", help="print the recipes with all their options as JSON and stop")
@@ -125,8 +156,10 @@ def _prep(argv: list[str]) -> int:
         overrides[group].append((option, value))
     if bool(args.sources) == bool(args.source):
         parser.error("give either folders, zips or files with scans, or --source=NAME")
-    if args.source and args.manifest:
-        parser.error("--manifest joins tables to files; a --source brings its own reports and labels")
+    joining = [f"--{k}" for k in ("manifest", "labels", "study", "patient") if getattr(args, k)]
+    if args.source and joining:
+        parser.error(f"{joining[0]} is about files; a --source brings its own reports, labels and patients")
+    args.labels = [part.strip() for text in args.labels for part in text.split(",") if part.strip()]
     if overrides["source"] and not args.source:
         parser.error("--source.OPTION needs --source=NAME")
     if not args.out and not args.dry_run:
@@ -148,6 +181,8 @@ def _prep(argv: list[str]) -> int:
 
 def _table(summary, args) -> None:
     rows = [("studies found", summary.studies_found)]
+    if args.manifest or args.labels:
+        rows += [("  with a report", summary.reports), ("  with labels", summary.labelled)]
     if args.dry_run:
         rows += [("shards planned", summary.shards)]
     else:
@@ -159,6 +194,8 @@ def _table(summary, args) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:{width}}  {value:>10}")
+    for table, columns in summary.unread.items():
+        print(f"columns of {table} that mean nothing to prep: {textwrap.shorten(columns, 200, placeholder=' ...')}")
     if summary.report is not None:
         refused = sum(summary.rejected.values())
         print(f"{args.out} is ready; {refused or 'nothing'} refused{f', see {summary.report}' if refused else ''}")

@@ -11,7 +11,7 @@ from jaxmed.core.errors import UserError
 from jaxmed.prep import headers
 from jaxmed.prep.files import Shower, open_ref, walk
 from jaxmed.prep.headers import Header
-from jaxmed.prep.manifest import Row, read_manifest
+from jaxmed.prep.manifest import Manifest, Row, read_manifests
 from jaxmed.prep.scan import FileRef, RawSeries, RawStudy, Reject, Rejected, salted_hash
 
 _BIDS = re.compile(
@@ -29,12 +29,17 @@ class _Image:
     bids: str = ""  # "sub-01" or "sub-01/ses-02"
     root: str = ""  # of the BIDS tree
     rows: list[Row] = dataclasses.field(default_factory=list)
+    words: dict[str, str] = dataclasses.field(default_factory=dict)  # "study", "patient": by the user's expressions
 
     def study(self) -> tuple[str, ...]:
-        """What makes its study: the manifest's word, the header, the BIDS session, the row, or the folder."""
+        """What makes its study: the manifest's word, the user's expression, the header, the BIDS session, the row of
+        its path, or the folder.
+        """
         word = next((r.study for r in self.rows if r.study), "")
         if word:
             return "manifest", word
+        if self.words.get("study"):
+            return "name", self.words["study"]
         if self.header.study:
             return "dicom", self.header.study
         if self.bids:
@@ -49,8 +54,11 @@ def find_studies(
     sources: Sequence[str | Path],
     *,
     salt: str,
-    manifest: str | Path | None = None,
+    manifest: str | Path | Sequence[str | Path] | None = None,
     report: str = "sentences",
+    labels: Sequence[str] = (),
+    study: str = "",
+    patient: str = "",
     skip_names: str = "seg|mask|label",
     paths: str = "redact",
     map_fn: Callable[[Callable, Iterable], Iterable] = map,
@@ -58,13 +66,16 @@ def find_studies(
     """Groups every image under `sources` into studies; every other file gets a reason.
 
     DICOM files are grouped by study and series UID wherever they lie. A BIDS session is a study. Other NIfTI and NRRD
-    files of one folder are a study, unless manifest rows name files, or give several files the same `study`.
+    files of one folder are a study, unless manifest rows name files by `path`, or give several files the same `study`.
 
     Args:
       sources: files, folders (walked) and zips (members are read on demand, never extracted by name).
       salt: secret of the data set; the same salt gives the same keys.
-      manifest: CSV, TSV, JSON or JSON lines file with reports, labels, splits (see `manifest.read_manifest`).
-      report: how the manifest's columns become text, one of `text.FORMS`.
+      manifest: CSV, TSV, JSON or JSON lines files with reports, labels, splits (see `manifest.read_manifest`). An
+        image may have rows in each.
+      report, labels: how the manifests' columns become text and labels (see `manifest.read_manifests`).
+      study, patient: regular expressions, searched in the place of a file; what they (or their first group) match
+        names its study or patient, whatever the header says. "" = none.
       skip_names: regular expression; NIfTI and NRRD files whose name matches are masks ("" keeps all).
       paths: how places appear in rejects: "redact" replaces path components that hold an identifier known from the
         headers, a UID or a date by a hash; "hash" replaces all; "keep" none.
@@ -74,17 +85,19 @@ def find_studies(
       Studies sorted by key (their series by series number, then by place) and rejects sorted by place.
 
     Raises:
-      UserError: a source does not exist, the manifest cannot be read, or two of its rows contradict each other.
+      UserError: a source does not exist, a manifest cannot be read, two of its rows contradict each other, or an
+        expression matches no image.
     """
     Shower(salt, paths, set())  # an unknown mode fails before hours of reading
-    rows = read_manifest(manifest, report) if manifest is not None else []
-    try:
-        masks = re.compile(skip_names, re.I) if skip_names else None
-    except re.error as e:
-        raise UserError(f"prep: skip_names={skip_names!r} is no regular expression ({e})") from None
+    manifests = read_manifests([manifest] if isinstance(manifest, (str, Path)) else manifest or (), report, labels)
+    masks = _compiled("--read.skip_names", skip_names)
+    named = {"study": _compiled("--study", study), "patient": _compiled("--patient", patient)}
     refs: list[FileRef] = []
     refused: list[tuple[FileRef, str, str]] = []
+    tables = {os.path.abspath(m.path) for m in manifests}
     for found in walk(sources):
+        if isinstance(found, FileRef) and not found.member and os.path.abspath(found.path) in tables:
+            continue
         if isinstance(found, tuple):
             refused.append((found[0], found[1].reason, found[1].detail))
             continue
@@ -103,22 +116,43 @@ def find_studies(
             refused.append((ref, header.reason, header.detail))
     pairs = {i.place[:-4].lower() for i in images if i.place.lower().endswith(".hdr")}
     refused = [r for r in refused if not (r[0].path.lower().endswith(".img") and r[0].path[:-4].lower() in pairs)]
-    show = Shower(salt, paths, identifiers | {r.patient for r in rows if r.patient})
+    for word, pattern in named.items():
+        matches = [(i, pattern.search(i.ref.shown)) for i in images] if pattern else []
+        if matches and not any(m for _, m in matches):
+            raise UserError(f"--{word}={pattern.pattern}: matches no image, e.g. not {matches[0][0].ref.shown!r}")
+        for image, match in matches:
+            image.words[word] = (match[1] if pattern.groups else match[0]) or "" if match else ""
+    rows = [row for m in manifests for row in m.rows]
+    identifiers |= {r.patient for r in rows} | {i.words.get("patient", "") for i in images}
+    show = Shower(salt, paths, identifiers)
     rejects = [Reject(show(ref.shown), reason, detail) for ref, reason, detail in refused]
     rejects += _participants(images, refs, show)
     for source in sources:
         at = os.path.abspath(source)
         if not any(i.place == at or i.place.startswith(at + os.sep) for i in images):
             rejects.append(Reject(show(os.path.basename(at)), "no-images", "no image under this source", "source"))
-    _match(images, rows, manifest, sources)
-    studies, joined = _group(images, salt, show, manifest)
-    rejects += joined
+    _match(images, manifests, sources)
     used = {id(row) for i in images for row in i.rows}
+    studies, joined = _group(images, salt, show, bool(manifests))
+    rejects += joined
     for row in rows:
         if id(row) not in used:
-            where = f"{show(Path(manifest).name)}:{row.line}"
-            rejects.append(Reject(where, "row-without-study", "no study matches this row", "manifest"))
+            rejects.append(Reject(_line(row, show), "row-without-study", "no study matches this row", "manifest"))
+    for m in manifests:
+        if m.unread:
+            rejects.append(Reject(show(Path(m.path).name), "unread-columns", ", ".join(m.unread), "manifest"))
     return studies, sorted(rejects, key=lambda r: (r.path, r.kind, r.reason, r.detail))
+
+
+def _compiled(flag: str, pattern: str) -> re.Pattern | None:
+    try:
+        return re.compile(pattern, re.I) if pattern else None
+    except re.error as e:
+        raise UserError(f"{flag}={pattern}: no regular expression ({e})") from None
+
+
+def _line(row: Row, show: Shower) -> str:
+    return f"{show(Path(row.manifest).name)}:{row.line}"
 
 
 def _by_name(ref: FileRef, masks: re.Pattern | None) -> tuple[str, str] | None:
@@ -128,8 +162,11 @@ def _by_name(ref: FileRef, masks: re.Pattern | None) -> tuple[str, str] | None:
         return None
     if re.search(r"(^|/)derivatives/(.*/)?sub-[A-Za-z0-9]+/", ref.shown):
         return "bids-derivative", "inside derivatives"
-    if masks is not None and masks.search(headers.volumes.stem(name)):
-        return "segmentation", "the file's name says that it is a mask"
+    skipped = masks.search(headers.volumes.stem(name)) if masks is not None else None
+    if skipped is not None:
+        if skipped[0].lower() in ("seg", "mask", "label"):
+            return "segmentation", "the file's name says that it is a mask"
+        return "skipped-by-name", "--read.skip_names"
     return None
 
 
@@ -141,38 +178,39 @@ def _image(ref: FileRef, header: Header) -> _Image:
     return _Image(ref, header, place, "/".join(w for w in (bids["sub"], bids["ses"]) if w), bids["root"])
 
 
-def _match(images: list[_Image], rows: list[Row], manifest: str | Path | None, sources: Sequence[str | Path]) -> None:
-    """Gives every image its rows: of the deepest path, else study UID, accession number, BIDS session, participant."""
-    if manifest is None:
-        return
-    by_path: dict[str, list[Row]] = defaultdict(list)
-    by_word: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    bases = [os.path.dirname(os.path.abspath(manifest))]
-    bases += [os.path.abspath(s) for s in sources] + [os.path.dirname(os.path.abspath(s)) for s in sources]
-    for row in rows:
-        if row.path:
-            for place in {os.path.normpath(os.path.join(base, row.path)) for base in bases}:
-                by_path[place].append(row)
-        for word in (("uid", row.uid), ("accession", row.accession), ("bids", row.bids)):
-            if word[1]:
-                by_word[word].append(row)
-    for image in images:
-        place, parent = image.place, os.path.dirname(image.place)
-        while place not in by_path and place != parent:
-            place, parent = parent, os.path.dirname(parent)
-        image.rows = by_path.get(place, [])
-        for word in (
-            ("uid", image.header.study),
-            ("accession", image.header.accession),
-            ("bids", image.bids),
-            ("bids", image.bids.partition("/")[0]),
-        ):
-            image.rows = image.rows or by_word.get(word, [])
+def _match(images: list[_Image], manifests: list[Manifest], sources: Sequence[str | Path]) -> None:
+    """Gives every image its rows of each table: of the deepest path, else the file's name, study UID, accession number,
+    BIDS session, participant.
+    """
+    for manifest in manifests:
+        by_path: dict[str, list[Row]] = defaultdict(list)
+        by_word: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        bases = [os.path.dirname(os.path.abspath(manifest.path))]
+        bases += [os.path.abspath(s) for s in sources] + [os.path.dirname(os.path.abspath(s)) for s in sources]
+        for row in manifest.rows:
+            if row.path:
+                for place in {os.path.normpath(os.path.join(base, row.path)) for base in bases}:
+                    by_path[place].append(row)
+            for word in (("volume", row.volume), ("uid", row.uid), ("accession", row.accession), ("bids", row.bids)):
+                if word[1]:
+                    by_word[word].append(row)
+        for image in images:
+            place, parent = image.place, os.path.dirname(image.place)
+            while place not in by_path and place != parent:
+                place, parent = parent, os.path.dirname(parent)
+            rows = by_path.get(place, [])
+            for word in (
+                ("volume", headers.volumes.stem(image.place)),
+                ("uid", image.header.study),
+                ("accession", image.header.accession),
+                ("bids", image.bids),
+                ("bids", image.bids.partition("/")[0]),
+            ):
+                rows = rows or by_word.get(word, [])
+            image.rows = image.rows + rows
 
 
-def _group(
-    images: list[_Image], salt: str, show: Shower, manifest: str | Path | None
-) -> tuple[list[RawStudy], list[Reject]]:
+def _group(images: list[_Image], salt: str, show: Shower, expect_rows: bool) -> tuple[list[RawStudy], list[Reject]]:
     """Images -> studies with keys, joined with their rows."""
     groups: dict[tuple[str, ...], list[_Image]] = defaultdict(list)
     for image in images:
@@ -185,43 +223,60 @@ def _group(
     rejects, studies, ambiguous = [], [], {}
     for identity, members in groups.items():
         key = salted_hash(salt, "study", *identity)
-        study = RawStudy(key, key, _series(members, salt, show))
-        patient = next((i.header.patient for i in members if i.header.patient), "")
-        patient = patient or next((f"{i.root}/{i.bids.partition('/')[0]}" for i in members if i.bids), "")
-        if patient:
-            study.patient = salted_hash(salt, "patient", patient)
         rows = list({id(row): row for i in members for row in i.rows}.values())
         for row in rows:
             whole_participant = row.bids and "/" not in row.bids and not (row.path or row.uid or row.accession)
             if len(hits[id(row)]) > 1 and not whole_participant:
-                ambiguous[row.line] = len(hits[id(row)])
-                continue
-            _join(study, row, manifest, salt)
-        if not rows and manifest is not None:
+                ambiguous[id(row)] = row
+        for image in members:
+            image.rows = [row for row in image.rows if id(row) not in ambiguous]
+        study = RawStudy(key, key, _series(members, salt, show))
+        patient = next((i.words["patient"] for i in members if i.words.get("patient")), "")
+        patient = patient or next((i.header.patient for i in members if i.header.patient), "")
+        patient = patient or next((f"{i.root}/{i.bids.partition('/')[0]}" for i in members if i.bids), "")
+        if patient:
+            study.patient = salted_hash(salt, "patient", patient)
+        for row in rows:
+            if id(row) not in ambiguous:
+                _join(study, row, salt)
+        if not rows and expect_rows:
             rejects.append(Reject(key, "study-without-row", "no manifest row; kept without report and labels", "study"))
         studies.append(study)
-    for line, count in ambiguous.items():
-        where = f"{show(Path(manifest).name)}:{line}"
-        rejects.append(Reject(where, "ambiguous-row", f"matches {count} studies; joined to none", "manifest"))
+    for row in ambiguous.values():
+        said = f"matches {len(hits[id(row)])} studies; joined to none"
+        rejects.append(Reject(_line(row, show), "ambiguous-row", said, "manifest"))
     return sorted(studies, key=lambda s: s.key), rejects
 
 
-def _join(study: RawStudy, row: Row, manifest: str | Path | None, salt: str) -> None:
+def _join(study: RawStudy, row: Row, salt: str) -> None:
+    where = f"manifest {row.manifest}, line {row.line}, column"
     for name, found in row.labels.items():
         if study.labels.setdefault(name, found) != found:
             raise UserError(
-                f"manifest {manifest}, line {row.line}, column 'label:{name}': {found:g} contradicts the "
-                f"{study.labels[name]:g} of another row of the same study; keep one"
+                f"{where} 'label:{name}': {found:g} contradicts the {study.labels[name]:g} of another row of the same "
+                "study; keep one"
             )
     if row.split and study.split and row.split != study.split:
         raise UserError(
-            f"manifest {manifest}, line {row.line}, column 'split': {row.split!r} contradicts the {study.split!r} of "
-            "another row of the same study; keep one"
+            f"{where} 'split': {row.split!r} contradicts the {study.split!r} of another row of the same study; keep one"
         )
     study.split = row.split or study.split
     study.sentences += [s for s in row.sentences if s not in study.sentences]
     if row.patient:
         study.patient = salted_hash(salt, "patient", row.patient)
+
+
+def _corrections(image: _Image) -> dict[str, tuple]:
+    """What the rows of a volume say about its values and spacing."""
+    found: dict[str, tuple] = {}
+    for row in image.rows if image.header.kind != "dicom" else ():
+        for name, numbers in row.volumes.items():
+            if found.setdefault(name, numbers) != numbers:
+                raise UserError(
+                    f"manifest {row.manifest}, line {row.line}: {name} {numbers} contradicts the {found[name]} of "
+                    "another row of the same volume; keep one"
+                )
+    return found
 
 
 def _series(members: list[_Image], salt: str, show: Shower) -> list[RawSeries]:
@@ -239,6 +294,7 @@ def _series(members: list[_Image], salt: str, show: Shower) -> list[RawSeries]:
             found[0].header.kind,
             tuple(dataclasses.replace(i.ref, shown=show(i.ref.shown)) for i in found),
             salted_hash(salt, "series", *identity),
+            **_corrections(found[0]),
         )
         for identity, found in ordered
     ]

@@ -5,11 +5,14 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmed.core.errors import UserError
 from jaxmed.prep import text
+from jaxmed.prep.volumes import stem
 
 # Column (lower case, without spaces, dashes and underscores) -> meaning.
 _KEYS = {
@@ -25,10 +28,17 @@ _KEYS = {
     "bidsid": "bids",
     "participantid": "bids",
     "sessionid": "session",
+    "volumename": "volume",
+    "split": "split",
+    "patient": "patient",
+    "patientid": "patient",
+    "study": "study",
 }
 _REPORT = ("report", "sentences", "text")
-_OTHER = ("split", "patient", "study")
-_LABEL = re.compile(r"label[s]?[:/.](.+)", re.I)
+_LABEL = re.compile(r"label[s]?[:/._](.+)", re.I)
+_SPACING = ("xyspacing", "zspacing")
+_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
+_NUMBERS = ("rescaleslope", "rescaleintercept", "zspacing")
 
 
 @dataclasses.dataclass
@@ -36,7 +46,9 @@ class Row:
     """One row: how it finds its study, and what it says."""
 
     line: int  # in the file, from 1; the n-th object of a JSON list
+    manifest: str = ""  # the file's path
     path: str = ""
+    volume: str = ""  # a file's name without its ending, wherever it lies; such a row is about a scan, not a study
     uid: str = ""
     accession: str = ""
     bids: str = ""  # "sub-01" or "sub-01/ses-02"
@@ -45,24 +57,95 @@ class Row:
     split: str = ""
     sentences: list[str] = dataclasses.field(default_factory=list)
     labels: dict[str, float] = dataclasses.field(default_factory=dict)
+    # What the headers of volumes lack: "rescale" is (slope, intercept), "spacing" mm along (k, j, i) of the file.
+    volumes: dict[str, tuple[float | None, ...]] = dataclasses.field(default_factory=dict)
 
 
-def read_manifest(path: str | Path, report: str = "sentences") -> list[Row]:
-    """Reads CSV, TSV, JSON (a list of objects) or JSON lines.
+@dataclasses.dataclass
+class Manifest:
+    """One table: its rows, and the columns that nothing reads."""
 
-    A row finds its study by `path` (a file or folder, relative to the manifest or to a source), `StudyInstanceUID`,
-    `AccessionNumber`, or `bids` / `participant_id` (with `session_id`); a row with several needs one that matches.
-    `report` is a text (split into sentences) or in JSON a list of sentences; `label:NAME` columns, or `labels` as an
-    object in JSON, are numbers (empty = missing; true/false, yes/no count as 1/0); `split` and `patient` are words;
-    rows of the same `study` are one study. Other columns are ignored.
+    path: str
+    rows: list[Row]
+    unread: list[str]
+
+
+def read_manifests(
+    paths: Sequence[str | Path], report: str = "sentences", labels: Sequence[str] = ()
+) -> list[Manifest]:
+    """Several tables about the same studies, e.g. one of reports, one of labels, one of metadata.
 
     Args:
-      report: "sentences", or another of `text.FORMS` that composes the report from other columns.
+      report: "sentences", or another of `text.FORMS`, composed in those tables that have its columns.
+      labels: columns that are labels without saying so, or files: tables whose every other column is a label (they
+        are read like manifests and need not be among `paths`).
+
+    Raises:
+      UserError: see `read_manifest`; no table has the columns of `report`; no table has a column of `labels`.
+    """
+    names = [n for n in labels if Path(n).suffix.lower() not in _KINDS]
+    tables = {os.path.abspath(n): n for n in labels if n not in names}
+    paths = [*paths, *(n for at, n in tables.items() if at not in {os.path.abspath(p) for p in paths})]
+    if not paths:
+        if names:
+            raise UserError(f"--labels={','.join(names)}: columns need a table; give it with --manifest=FILE")
+        return []
+    if report not in text.FORMS:
+        raise UserError(f"--report={report}: choose one of {', '.join(text.FORMS)}")
+    read = [_records(Path(p)) for p in paths]
+    headers = [{str(c): None for _, record in records for c in record} for records in read]
+    columns = {c.strip().lower() for header in headers for c in header}
+    for name in names:
+        if name.strip().lower() not in columns:
+            known = ", ".join(c for header in headers for c in header)
+            raise UserError(f"--labels={name}: no manifest has this column; there are {known}")
+    composing = [report not in ("sentences", "none") and text.has(header, report) for header in headers]
+    if report not in ("sentences", "none") and not any(composing):
+        text.compose(dict(read[0][0][1]), report, f"manifest {paths[0]}")  # raises, naming the columns
+    wanted = {n.strip().lower() for n in names}
+    result = []
+    for path, records, header, here in zip(paths, read, headers, composing):
+        every = os.path.abspath(path) in tables
+        rows = []
+        for line, record in records:
+            row = _row(Path(path), line, record, wanted, every)
+            if report != "sentences":
+                row.sentences = (
+                    text.compose({**header, **record}, report, f"manifest {path}, line {line}") if here else []
+                )
+            rows.append(row)
+        used = text.columns_of(header, report) if here else []
+        unread = [c for c in header if c not in used and not every and not _meaning(c, wanted)]
+        result.append(Manifest(str(path), rows, unread))
+    return result
+
+
+def read_manifest(path: str | Path, report: str = "sentences", labels: Sequence[str] = ()) -> list[Row]:
+    """Reads CSV, TSV, JSON (a list of objects) or JSON lines.
+
+    Names of columns are compared without capitals, blanks, `-` and `_`. A row finds its study by `path` (a file or
+    folder, relative to the manifest or to a source), `StudyInstanceUID`, `AccessionNumber`, or `bids` /
+    `participant_id` (with `session_id`), or its scan by `VolumeName` (a file's name, wherever the file lies); a row
+    with several needs one that matches. `report` is a text (split into sentences) or in JSON a list of sentences;
+    `label:NAME` or `label_NAME` columns, or `labels` as an object in JSON, are numbers (empty = missing; true/false,
+    yes/no count as 1/0); `split` and `patient` are words; rows of the same `study` are one study. `RescaleSlope`,
+    `RescaleIntercept`, `XYSpacing` ("[0.7, 0.7]", rows first as in DICOM, or one number) and `ZSpacing` (mm) replace
+    what the headers of NIfTI and NRRD files say, as CT-RATE needs it. Other columns are ignored.
+
+    Args:
+      report, labels: see `read_manifests`.
 
     Raises:
       UserError: names the file, the line and the column.
     """
-    path = Path(path)
+    return read_manifests([path], report, labels)[0].rows
+
+
+def _records(path: Path) -> list[tuple[int, dict]]:
+    """(line, columns) of every row."""
+    suffix = path.suffix.lower()
+    if suffix not in _KINDS:
+        raise UserError(f"manifest {path}: unknown kind {suffix!r}; give .csv, .tsv, .json or .jsonl")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -71,22 +154,13 @@ def read_manifest(path: str | Path, report: str = "sentences") -> list[Row]:
         raise UserError(
             f"manifest {path}: cannot be read as UTF-8 text ({type(e).__name__}); save it as UTF-8"
         ) from None
-    suffix = path.suffix.lower()
-    if suffix in (".json", ".jsonl", ".ndjson"):
-        records = _json(path, content, lines=suffix != ".json")
-    elif suffix in (".csv", ".tsv"):
+    if suffix in (".csv", ".tsv"):
         records = _csv(path, content, "\t" if suffix == ".tsv" else None)
     else:
-        raise UserError(f"manifest {path}: unknown kind {suffix!r}; give .csv, .tsv, .json or .jsonl")
-    if report not in text.FORMS:
-        raise UserError(f"--report={report}: choose one of {', '.join(text.FORMS)}")
-    rows = [_row(path, line, record) for line, record in records]
-    if report != "sentences":
-        for row, (line, record) in zip(rows, records):
-            row.sentences = text.compose(record, report, f"manifest {path}, line {line}")
-    if not rows:
+        records = _json(path, content, lines=suffix != ".json")
+    if not records:
         raise UserError(f"manifest {path}: no rows; it needs a header line and one row per study")
-    return rows
+    return records
 
 
 def _csv(path: Path, content: str, delimiter: str | None) -> list[tuple[int, dict]]:
@@ -144,40 +218,91 @@ def _json(path: Path, content: str, lines: bool) -> list[tuple[int, dict]]:
     return records  # type: ignore[return-value]
 
 
-def _row(path: Path, line: int, record: dict) -> Row:
-    row, session = Row(line), ""
+def _plain(column: str) -> str:
+    return re.sub(r"[\s_-]", "", column.lower())
+
+
+def _meaning(column: str, labels: set[str]) -> str:
+    """What reads a column: a field of `Row`, "session", "report", "label", "labels", "volumes", or "" for nothing."""
+    plain = _plain(column)
+    if column.strip().lower() in labels:
+        return "label"
+    if plain in _KEYS:
+        return _KEYS[plain]
+    if plain in _REPORT:
+        return "report"
+    if plain in _NUMBERS or plain in _SPACING:
+        return "volumes"
+    if plain == "labels":
+        return "labels"
+    return "label" if _LABEL.fullmatch(column.strip()) else ""
+
+
+def _row(path: Path, line: int, record: dict, labels: set[str], every: bool) -> Row:
+    row, session, numbers = Row(line, str(path)), "", {}
     for column, content in record.items():
-        plain = re.sub(r"[\s_-]", "", str(column).lower())
-        label = _LABEL.fullmatch(str(column).strip())
+        column = str(column)
+        meaning = _meaning(column, labels) or ("label" if every else "")
         where = f"manifest {path}, line {line}, column {column!r}"
-        if plain in _KEYS or plain in _OTHER:
-            word = "" if content is None else str(content).strip()
-            if isinstance(content, (dict, list)):
-                raise UserError(f"{where}: a word is needed, not {type(content).__name__}")
-            meaning = _KEYS.get(plain, plain)
-            if meaning == "session":
-                session = word
-            elif word:
-                setattr(row, meaning, word)
-        elif plain in _REPORT:
+        if meaning == "report":
             row.sentences = _sentences(where, content)
-        elif label:
-            _label(where, row, label[1].strip(), content)
-        elif plain == "labels" and content not in (None, ""):
+        elif meaning == "label":
+            prefixed = _LABEL.fullmatch(column.strip())
+            _label(where, row, (prefixed[1] if prefixed else column).strip(), content)
+        elif meaning == "labels":
+            if content in (None, ""):
+                continue
             if not isinstance(content, dict):
                 raise UserError(f"{where}: needs an object {{name: number}}; in CSV use columns 'label:NAME'")
             for name, found in content.items():
                 _label(where, row, str(name), found)
+        elif meaning == "volumes":
+            numbers[_plain(column)] = _numbers(where, _plain(column), content)
+        elif meaning:
+            word = "" if content is None else str(content).strip()
+            if isinstance(content, (dict, list)):
+                raise UserError(f"{where}: a word is needed, not {type(content).__name__}")
+            if meaning == "session":
+                session = word
+            elif word:
+                setattr(row, meaning, word)
+    slope, intercept = numbers.get("rescaleslope"), numbers.get("rescaleintercept")
+    if slope or intercept:
+        row.volumes["rescale"] = ((slope or (1.0,))[0], (intercept or (0.0,))[0])
+    inplane, step = numbers.get("xyspacing"), numbers.get("zspacing")
+    if inplane or step:
+        inplane = (inplane or (None,)) * (2 if len(inplane or (None,)) == 1 else 1)
+        row.volumes["spacing"] = ((step or (None,))[0], *inplane)
+    row.volume = stem(row.volume)
     if row.bids:
         row.bids = row.bids if row.bids.startswith("sub-") else f"sub-{row.bids}"
         if session:
             row.bids += "/" + (session if session.startswith("ses-") else f"ses-{session}")
-    if not (row.path or row.uid or row.accession or row.bids):
+    if not (row.path or row.volume or row.uid or row.accession or row.bids):
         raise UserError(
-            f"manifest {path}, line {line}: nothing names the study; fill one of the columns 'path', "
-            "'StudyInstanceUID', 'AccessionNumber' or 'bids'"
+            f"manifest {path}, line {line}: nothing names the study; fill one of the columns 'path', 'VolumeName', "
+            f"'StudyInstanceUID', 'AccessionNumber' or 'bids' (it has {', '.join(map(str, record))})"
         )
     return row
+
+
+def _numbers(where: str, plain: str, content) -> tuple[float, ...]:
+    """The numbers of a cell such as "0.7", "[0.7, 0.7]" or [0.7, 0.7]; () if it is empty."""
+    if content is None or str(content).strip().lower() in ("", "nan", "n/a", "na", "none"):
+        return ()
+    listed = content if isinstance(content, list) else re.split(r"[,;\s]+", str(content).strip().strip("[]()").strip())
+    try:
+        found = tuple(float(v) for v in listed)
+    except (TypeError, ValueError):
+        found = ()
+    most = 2 if plain == "xyspacing" else 1
+    good = 1 <= len(found) <= most and all(math.isfinite(v) for v in found)
+    if not good or (plain in _SPACING and min(found) <= 0) or (plain == "rescaleslope" and not found[0]):
+        kind = {"xyspacing": "one or two positive numbers (mm)", "zspacing": "a positive number (mm)"}.get(
+            plain, "a number" + (" other than 0" if plain == "rescaleslope" else "")
+        )
+        raise UserError(f"{where}: {content!r} is not {kind}; correct it, or leave the cell empty")
+    return found
 
 
 def _label(where: str, row: Row, name: str, content) -> None:

@@ -171,6 +171,9 @@ _CHEST = {
     "foreground": "lungs",
 }
 
+# With three reconstructions of CT-RATE that the reference drops by name.
+_CT_RATE = {"max_volumes": 1, "skip_names": "seg|mask|label|train_(1267_a_4|11755_a_[34])$"}
+
 RECIPES = {
     r.name: r
     for r in (
@@ -204,7 +207,7 @@ RECIPES = {
             ("CT", ""),
             ("upright", "orient", "respace", "box"),
             _CHEST,
-            {"max_volumes": 1},
+            _CT_RATE,
         ),
         Recipe(
             "hlip_chest_ct_published",
@@ -212,8 +215,7 @@ RECIPES = {
             ("CT", ""),
             ("upright", "orient", "respace", "box"),
             {**_CHEST, "axes": "keep", "crop": "center"},
-            # Three reconstructions of CT-RATE that the reference drops by name.
-            {"max_volumes": 1, "skip_names": "seg|mask|label|train_1267_a_4|train_11755_a_3|train_11755_a_4"},
+            _CT_RATE,
         ),
         Recipe(
             "native",

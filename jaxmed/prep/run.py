@@ -119,6 +119,9 @@ class Summary:
     bytes: int
     rejected: Counter
     noted: Counter
+    reports: int  # studies with a text
+    labelled: int  # studies with a label
+    unread: dict[str, str]  # {manifest: columns that mean nothing}
     seconds: float
     report: Path | None
 
@@ -129,8 +132,11 @@ def prepare(
     *,
     recipe: recipes.Recipe,
     read: dict[str, Any] | None = None,
-    manifest: str | None = None,
+    manifest: Sequence[str] = (),
     report: str = "sentences",
+    labels: Sequence[str] = (),
+    study: str = "",
+    patient: str = "",
     name: str = "",
     codec: str = DEFAULT_CODEC,
     split: str = "train",
@@ -146,11 +152,10 @@ def prepare(
     """From raw scans to a finished data set folder; running it again continues, or finds nothing left to do.
 
     Args:
-      sources, manifest, paths: see `discover.find_studies`.
+      sources, manifest, report, labels, study, patient, paths: see `discover.find_studies`.
       out: folder of the data set.
       recipe: see `recipes.get`.
       read: see `recipes.read_options`.
-      report: how the manifest's columns become text, one of `text.FORMS`.
       name: of the data set; default: the folder's.
       codec: see `data.record`.
       split: shares of the patients whose manifest row names no split, see `parse_split`.
@@ -192,17 +197,18 @@ def prepare(
                 salt=salt,
                 manifest=manifest,
                 report=report,
+                labels=labels,
+                study=study,
+                patient=patient,
                 skip_names=read["skip_names"],
                 paths=paths,
                 map_fn=functools.partial(_map, pool),
             )
             content = ""
-        found = [dataclasses.asdict(r) for r in rejects]
         plan = plan_shards(studies, recipe, shard_mb=shard_mb, shard_studies=shard_studies)
         if dry_run:
-            reasons = Counter(r["reason"] for r in found)
-            seconds = time.monotonic() - started
-            return Summary(len(studies), 0, 0, len(plan), 0, reasons, Counter(), seconds, None)
+            summary = _summary(studies, rejects, [])
+            return dataclasses.replace(summary, shards=len(plan), seconds=time.monotonic() - started)
         arguments = {
             "recipe": recipe.describe(),
             "read": read,
@@ -217,7 +223,7 @@ def prepare(
         _same_run(out, arguments)
         _write_shards(out, job, studies, plan, pool)
         parts = [_part(out, i) for i in range(len(plan))]
-        summary = _write_report(out, arguments, len(studies), found, parts)
+        summary = _write_report(out, arguments, studies, rejects, parts)
         if not summary.studies:
             top = ", ".join(f"{reason} ({n})" for reason, n in summary.rejected.most_common(3)) or "no file at all"
             raise UserError(f"{out}: no usable study among the sources; {REPORT} there says why: {top}")
@@ -282,7 +288,8 @@ def _chunks(items, size: int) -> Iterator[list]:
 def _digest(studies: Sequence[scan.RawStudy], content: str) -> str:
     """Hash of everything about the studies that ends up in shards or decides what does."""
     known = [
-        [s.key, s.patient, [[r.key, len(r.files)] for r in s.series], s.sentences, sorted(s.labels.items()), s.split]
+        [s.key, s.patient, s.sentences, sorted(s.labels.items()), s.split]
+        + [[r.key, len(r.files), r.rescale, r.spacing] for r in s.series]
         for s in studies
     ]
     return hashlib.sha256(json.dumps([content, known]).encode()).hexdigest()
@@ -321,11 +328,13 @@ def _same_run(out: Path, arguments: dict[str, Any]) -> None:
 
 def _changes(old: Any, new: Any, where: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
+        if old.get("name") != new.get("name"):  # another recipe: all the rest differs with it
+            return [f"{old.get('name')} then, {new.get('name')} now"]
         keys = [k for k in [*old, *[k for k in new if k not in old]] if old.get(k) != new.get(k)]
         return [c for k in keys for c in _changes(old.get(k), new.get(k), k)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [c for a, b in zip(old, new) if a != b for c in _changes(a, b, where)]
-    return [f"{where} {old} then, {new} now"]
+    return [f"{where} {json.dumps(old)} then, {json.dumps(new)} now"]
 
 
 def _part(out: Path, number: int) -> dict[str, Any]:
@@ -377,25 +386,45 @@ def _settled(out: Path, study: scan.RawStudy, result: Any) -> Converted:
     return Converted(None, 0, [dataclasses.asdict(scan.Reject(study.key, reason, detail, "study", files))], [])
 
 
-def _write_report(
-    out: Path, arguments: dict[str, Any], found: int, rejects: list[dict[str, Any]], parts: list[dict[str, Any]]
-) -> Summary:
-    """`prep_report.json`: the same bytes whether the run was straight or resumed."""
-    rejects = rejects + [r for part in parts for r in part["rejects"]]
-    notes = [n for part in parts for n in part["notes"]]
-    rejected, noted = Counter(r["reason"] for r in rejects), Counter(n["reason"] for n in notes)
-    written = shards.sidecars(out)
-    summary = Summary(
-        studies_found=found,
+def _summary(studies: Sequence[scan.RawStudy], found: Sequence[scan.Reject], parts: list[dict[str, Any]]) -> Summary:
+    rejected = Counter(r.reason for r in found if r.reason not in scan.KEPT)
+    rejected += Counter(r["reason"] for part in parts for r in part["rejects"])
+    noted = Counter(r.reason for r in found if r.reason in scan.KEPT)
+    noted += Counter(n["reason"] for part in parts for n in part["notes"])
+    return Summary(
+        studies_found=len(studies),
         studies=sum(p["studies"] for p in parts),
         scans=sum(p["scans"] for p in parts),
-        shards=len(written),
-        bytes=sum(s["bytes"] for s in written),
+        shards=0,
+        bytes=0,
         rejected=rejected,
         noted=noted,
+        reports=sum(bool(s.sentences) for s in studies),
+        labelled=sum(bool(s.labels) for s in studies),
+        unread={r.path: r.detail for r in found if r.reason == "unread-columns"},
         seconds=0.0,
+        report=None,
+    )
+
+
+def _write_report(
+    out: Path,
+    arguments: dict[str, Any],
+    studies: Sequence[scan.RawStudy],
+    found: Sequence[scan.Reject],
+    parts: list[dict[str, Any]],
+) -> Summary:
+    """`prep_report.json`: the same bytes whether the run was straight or resumed."""
+    written = shards.sidecars(out)
+    summary = dataclasses.replace(
+        _summary(studies, found, parts),
+        shards=len(written),
+        bytes=sum(s["bytes"] for s in written),
         report=out / REPORT,
     )
+    rejected, noted = summary.rejected, summary.noted
+    rejects = [dataclasses.asdict(r) for r in found if r.reason not in scan.KEPT]
+    notes = [dataclasses.asdict(r) for r in found if r.reason in scan.KEPT]
     counts = {k: getattr(summary, k) for k in ("studies_found", "studies", "scans", "shards", "bytes")}
     content = {
         "schema": 1,
@@ -403,8 +432,8 @@ def _write_report(
         "recipe": arguments["recipe"]["name"],
         "counts": {**counts, "rejected": dict(sorted(rejected.items())), "noted": dict(sorted(noted.items()))},
         "reasons": {reason: REASONS.get(reason, "") for reason in sorted({*rejected, *noted})},
-        "rejects": rejects,
-        "notes": notes,
+        "rejects": rejects + [r for part in parts for r in part["rejects"]],
+        "notes": notes + [n for part in parts for n in part["notes"]],
     }
     shards.write_file(summary.report, (json.dumps(content, indent=1) + "\n").encode())
     return summary

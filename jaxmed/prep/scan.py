@@ -49,6 +49,7 @@ REASONS = {
     # DICOM objects that are no scan
     "structured-report": "an SR document",
     "segmentation": "a SEG object, or a file named as mask or segmentation",
+    "skipped-by-name": "a volume whose name the recipe or --read.skip_names leaves out",
     "rt-object": "radiotherapy structure set, dose, plan or record",
     "presentation-state": "a presentation state or key object selection",
     "registration": "a spatial registration or fiducials object",
@@ -85,7 +86,10 @@ REASONS = {
     "row-without-study": "a manifest row that matches no study",
     "study-without-row": "a study that no manifest row matches",
     "ambiguous-row": "a manifest row that matches several studies; joined to none",
+    "unread-columns": "columns of a manifest that mean nothing to prep",
 }
+# Reasons that leave nothing out: what `find_studies` says about studies and tables that are used.
+KEPT = ("study-without-row", "unread-columns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +131,9 @@ class RawSeries:
     kind: str  # "dicom", "nifti" or "nrrd"
     files: tuple[FileRef, ...]  # in the order found; stacking orders them by position
     key: str  # salted hash
+    # From a manifest, for NIfTI and NRRD: replace what the file's header says. None = as the header has it.
+    rescale: tuple[float, float] | None = None  # (slope, intercept) of the stored values
+    spacing: tuple[float | None, float | None, float | None] | None = None  # mm, order d h w
 
 
 @dataclasses.dataclass
@@ -181,7 +188,7 @@ def read_scans(series: RawSeries, options: ReadOptions = ReadOptions()) -> tuple
     normal), `thickness` (mm), `spacing` (3 mm, order d h w), `uniform` (bool: nothing was resampled or interpolated),
     `filled` (slices interpolated), `photometric`, `syntax` (transfer syntax keyword), `bits`, `volume` (index of a time
     or diffusion point), `b_value`, `echo`, `orientation` ("axial", "coronal", "sagittal", "oblique"), `units` ("HU" or
-    ""), `body` (a token), `contrast` (bool), `planar` (bool).
+    ""), `body` (a token), `contrast` (bool), `planar` (bool), `from_manifest` ("rescale", "spacing" or both).
     """
     from jaxmed.prep import dicom, volumes  # they are built on this module
 

@@ -1,7 +1,7 @@
 """Texts of studies put together from the columns of a manifest, as HLIP does for CT-RATE."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jaxmed.core.errors import UserError
 
@@ -28,6 +28,23 @@ def plain(text: str) -> str:
     return full_stop(" ".join(re.sub(r"[\"'()]", "", text).split()))
 
 
+def columns_of(header: Iterable[str], form: str) -> list[str]:
+    """Those of a table's columns that `form` (not "sentences") reads."""
+    organs = {f"{organ}_{part}" for organ in ORGANS for part in ("conclusion", "description")}
+    wanted = {"ct_rate_raw": {*IMPRESSION, *FINDINGS}, "ct_rate_organ": organs}.get(form, set())
+    return [c for c in header if _name(c) in wanted]
+
+
+def has(header: Iterable[str], form: str) -> bool:
+    """Can `compose` make this form from a table with these columns?"""
+    found = {_name(c) for c in columns_of(header, form)}
+    return bool(found & {*IMPRESSION} and found & {*FINDINGS}) if form == "ct_rate_raw" else bool(found)
+
+
+def _name(column: str) -> str:
+    return re.sub(r"\W+", "_", str(column).strip().lower())
+
+
 def compose(columns: Mapping[str, str], form: str, where: str = "manifest") -> list[str]:
     """The text of a study, as a list of entries that training may join in any order.
 
@@ -42,7 +59,7 @@ def compose(columns: Mapping[str, str], form: str, where: str = "manifest") -> l
     Raises:
       UserError: unknown form, or the manifest lacks every column that the form needs.
     """
-    row = {re.sub(r"\W+", "_", str(k).strip().lower()): _given(v) for k, v in columns.items()}
+    row = {_name(k): _given(v) for k, v in columns.items()}
     if form == "none":
         return []
     if form == "ct_rate_raw":

@@ -45,14 +45,16 @@ def read(series: RawSeries, options: ReadOptions) -> tuple[list[RawScan], list[R
     try:
         with frames.Quiet():
             array, affine, notes, finish = (_nifti if series.kind == "nifti" else _nrrd)(ref)
-            return _scans(ref, series.kind, array, affine, notes, finish, options), []
+            if series.rescale is not None:
+                finish = _rescaled(*series.rescale)
+            return _scans(ref, series, array, affine, notes, finish, options), []
     except Rejected as e:
         return [], [Reject(ref.shown, e.reason, e.detail, "series")]
     except MemoryError:
         return [], [Reject(ref.shown, "too-large", "does not fit into memory", "series")]
 
 
-def _scans(ref, kind, array, affine, notes, finish, options) -> list[RawScan]:
+def _scans(ref, series, array, affine, notes, finish, options) -> list[RawScan]:
     if array.ndim > 4:
         flat = int(np.prod(array.shape[3:]))
         if flat != max(array.shape[3:]):
@@ -70,6 +72,11 @@ def _scans(ref, kind, array, affine, notes, finish, options) -> list[RawScan]:
         raise Rejected("no-geometry", "degenerate affine")
     if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-2:
         raise Rejected("no-geometry", "degenerate affine")
+    for axis, mm in zip((2, 1, 0), series.spacing or ()):
+        if mm is not None:
+            affine[:3, axis] *= mm / lengths[axis]
+    if series.spacing and None not in series.spacing:
+        notes = [n for n in notes if n["reason"] != "no-spacing"]
     if options.require_geometry and any(n["reason"] == "no-spacing" for n in notes):
         raise Rejected("no-geometry", "no voxel spacing")
     turned = affine[:, [2, 1, 0, 3]]
@@ -86,7 +93,7 @@ def _scans(ref, kind, array, affine, notes, finish, options) -> list[RawScan]:
         normal = np.cross(turned[:3, 1], turned[:3, 2])
         step = abs(float(turned[:3, 0] @ normal / np.linalg.norm(normal)))
         meta = {
-            "kind": kind,
+            "kind": series.kind,
             "spacing": [float(v) for v in spacing],
             "step": step,
             "uniform": True,
@@ -96,6 +103,9 @@ def _scans(ref, kind, array, affine, notes, finish, options) -> list[RawScan]:
         }
         if total > 1:
             meta["volume"] = index
+        given = [word for word in ("rescale", "spacing") if getattr(series, word) is not None]
+        if given:
+            meta["from_manifest"] = " ".join(given)
         name = names.guess("", text)
         modality = {"ct": "CT", "cta": "CT", "pt": "PT", "unknown": ""}.get(name, "MR")
         result.append(

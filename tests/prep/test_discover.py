@@ -15,6 +15,7 @@ import pydicom
 import pytest
 
 from jaxmed.core.errors import UserError
+from jaxmed.prep import recipes
 from jaxmed.prep.discover import find_studies
 from jaxmed.prep.manifest import read_manifest, split_sentences
 from jaxmed.prep.scan import read_scans
@@ -196,9 +197,99 @@ def test_manifest_finds_dicom_by_uid_accession_and_path(tmp_path):
     assert all(s.sentences == [] for s in studies) and [r.reason for r in rejects] == ["ambiguous-row"]
 
 
+def ct_rate(folder: Path) -> dict:
+    """A small CT-RATE as it is published: volumes of stored values without geometry, and its three tables.
+
+    Returns the keywords of `find_studies` for it.
+    """
+    volumes = {"train_1_a_1": 1, "train_1_a_2": 2, "train_1_b_1": 3, "train_2_a_1": 4, "train_1267_a_4": 5}
+    for name, level in volumes.items():
+        place = folder / "train" / name.rsplit("_", 2)[0] / name.rsplit("_", 1)[0]
+        place.mkdir(parents=True, exist_ok=True)
+        nifti(place / f"{name}.nii.gz", (VOLUME + level).transpose(2, 1, 0), np.eye(4))
+    ids = [f"{name}.nii.gz" for name in [*volumes, "train_9_a_1"]]
+    (folder / "reports.csv").write_text(
+        "VolumeName,ClinicalInformation_EN,Findings_EN,Impressions_EN\n"
+        + "".join(f"{i},cough,Clear {i[:9]}.,Normal\n" for i in ids)
+    )
+    (folder / "metadata.csv").write_text(
+        "VolumeName,Manufacturer,PatientAge,RescaleIntercept,RescaleSlope,XYSpacing,ZSpacing\n"
+        + "".join(f'{i},X,044Y,-1024,1,"[0.7, 0.6]",{1.5 + n}\n' for n, i in enumerate(ids))
+    )
+    (folder / "labels.csv").write_text(
+        "VolumeName,Lung nodule,Cardiomegaly\n" + "".join(f"{i},{int('1_a' in i)},0\n" for i in ids)
+    )
+    tables = [folder / "reports.csv", folder / "metadata.csv"]
+    return {"salt": SALT, "manifest": tables, "labels": [str(folder / "labels.csv")], "report": "ct_rate_raw"}
+
+
+def test_ct_rate_as_published(tmp_path):
+    options = ct_rate(tmp_path)
+    skip = recipes.get("hlip_chest_ct_published").read["skip_names"]
+    options |= {"patient": r"train_\d+", "skip_names": skip, "paths": "keep"}
+    studies, rejects = find_studies([tmp_path / "train"], **options)
+    assert sorted(len(s.series) for s in studies) == [1, 1, 2] and len({s.patient for s in studies}) == 2
+    two = max(studies, key=lambda s: len(s.series))
+    assert two.sentences == ["The volume shows: Normal. The volume looks like: Clear train_1_a."]
+    assert two.labels == {"Lung nodule": 1.0, "Cardiomegaly": 0.0}
+    for n, series in enumerate(two.series):
+        scan = only(read_scans(series))
+        assert np.array_equal(scan.voxels, VOLUME + n + 1 - 1024) and scan.voxels.dtype == np.int16
+        assert np.allclose(scan.meta["spacing"], [1.5 + n, 0.7, 0.6]) and scan.meta["step"] == 1.5 + n
+        assert scan.meta["from_manifest"] == "rescale spacing"
+    assert {(r.path, r.reason) for r in rejects} == {
+        ("train/train_1267/train_1267_a/train_1267_a_4.nii.gz", "skipped-by-name"),
+        *((f"{t}.csv:{line}", "row-without-study") for t in ("reports", "metadata", "labels") for line in (6, 7)),
+        ("reports.csv", "unread-columns"),
+        ("metadata.csv", "unread-columns"),
+    }
+    assert {r.detail for r in rejects if r.reason == "unread-columns"} == {
+        "ClinicalInformation_EN",
+        "Manufacturer, PatientAge",
+    }
+    # Another layout: all volumes in one folder. Only the expression says what a study is.
+    (tmp_path / "flat").mkdir()
+    for path in (tmp_path / "train").rglob("*.nii.gz"):
+        shutil.copy(path, tmp_path / "flat")
+    flat, _ = find_studies([tmp_path / "flat"], **options, study=r"train_\d+_[a-z]+")
+    content = [(s.patient, s.sentences, s.labels, [(x.rescale, x.spacing) for x in s.series]) for s in studies]
+    found = [(s.patient, s.sentences, s.labels, [(x.rescale, x.spacing) for x in s.series]) for s in flat]
+    assert sorted(found, key=str) == sorted(content, key=str)
+    # One column of the table instead of all.
+    options |= {"manifest": [*options["manifest"], tmp_path / "labels.csv"], "labels": ["cardiomegaly"]}
+    studies, _ = find_studies([tmp_path / "train"], **options)
+    assert all(s.labels == {"Cardiomegaly": 0.0} for s in studies)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": ["Cardiomegalia"]}, "--labels=Cardiomegalia: no manifest has this column; there are VolumeName"),
+        ({"labels": ["Cardiomegaly"], "manifest": []}, "give it with --manifest=FILE"),
+        ({"labels": ["{}/reports.csv"]}, "reports.csv, line 2, column 'ClinicalInformation_EN': label"),
+        ({"report": "ct_rate_organ"}, "reports.csv: --report=ct_rate_organ needs the columns lung_conclusion"),
+        ({"study": r"valid_\d+"}, r"--study=valid_\d+: matches no image, e.g. not 'train/"),
+        ({"patient": "("}, "--patient=(: no regular expression"),
+        ({"manifest": ["{}/twice.csv"]}, "twice.csv, line 3: spacing (9.0, None, None) contradicts"),
+    ],
+)
+def test_wrong_tables_of_volumes(tmp_path, options, said):
+    good = ct_rate(tmp_path)
+    (tmp_path / "twice.csv").write_text("VolumeName,ZSpacing\ntrain_1_a_1,3\ntrain_1_a_1.nii.gz,9\n")
+    options = {k: [str(w).format(tmp_path) for w in v] if isinstance(v, list) else v for k, v in options.items()}
+    if options.get("manifest"):
+        good |= {"labels": [], "report": "sentences"}
+    with pytest.raises(UserError) as e:
+        find_studies([tmp_path / "train"], **good | options)
+    assert said in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
+        ("m.csv", "path,XYSpacing\na,0.7 mm\n", "line 2, column 'XYSpacing': '0.7 mm' is not one or two positive"),
+        ("m.csv", "path,ZSpacing\na,-1\n", "'-1' is not a positive number (mm)"),
+        ("m.csv", "path,rescale_slope\na,0\n", "'0' is not a number other than 0"),
         ("m.csv", "path,label:a\nx,maybe\n", "line 2, column 'label:a'"),
         ("m.csv", "path,report\na,b\nc,d,e\n", "line 3: 3 cells but 2 columns"),
         ("m.csv", 'path,report\na,"b\n', "line 2: not valid CSV"),
