@@ -95,7 +95,8 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
 
     # ---- Optimiser.
     rate = call(optim.schedule, config.schedule, total_steps=total_steps)
-    tx = call(optim.make, config.optim, params_shape, schedule=rate)
+    tx = call(optim.make, config.optim, params_shape, schedule=rate, model_groups=objective.groups)
+    factors = optim.learning_rate_groups(params_shape, (*config.optim.get("groups", ()), *objective.groups))
 
     # ---- State: shapes first, then shardings from the shapes, then arrays that are born where they belong.
     def init_state(rng):
@@ -121,8 +122,8 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
         if init_from:
             train_state["params"] = load_part(init_from, "params", abstract_state["params"])
             say(f"parameters from {init_from}")
-    frozen = sum(n for f, n in optim.learning_rate_groups(params_shape, optim_groups(config)).items() if f == "0.0")
     num_params = tree.num_params(params_shape)
+    frozen = factors.get("0.0", 0)
     say(f"{num_params:,} parameters, of which {frozen:,} frozen; {total_steps} steps in {len(stream.spec)} bucket(s)")
 
     # ---- Update: the only place where parameters change.
@@ -266,10 +267,6 @@ def check_same_run(meta: dict[str, Any], identity: dict[str, Any], workdir: Path
                 f"{workdir}: its checkpoint belongs to another run: {reasons[key]} ({meta.get(key)} there, {value} "
                 "here). Use another --workdir, and config.init_from to start from these weights"
             )
-
-
-def optim_groups(config: Config):
-    return config.optim.get("groups", ())
 
 
 def compile_buckets(update_fn, abstract_state, state_shardings, specs, rng, mesh) -> dict[Any, Callable]:

@@ -39,3 +39,6 @@ class Objective(NamedTuple):
     loss_from_features: Callable[..., tuple[Any, dict[str, Any]]] | None = None
     # ({key: ShapeDtypeStruct}) -> FLOPs of one forward pass over that batch, for the MFU estimate.
     flops_fn: Callable[[dict[str, Any]], float] | None = None
+    # (regex on the path, factor on the learning rate) that go with the model: frozen tables, locked towers. Those of
+    # config.optim.groups come first; a regex may match nothing.
+    groups: tuple[tuple[str, float], ...] = ()

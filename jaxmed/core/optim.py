@@ -66,6 +66,7 @@ def make(
     weight_decay: float = 0.0,
     no_decay: tuple[str, ...] = (),
     groups: tuple[tuple[str, float], ...] = (),
+    model_groups: tuple[tuple[str, float], ...] = (),
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
     """An optax chain: clip by global norm -> optimiser -> decoupled weight decay -> learning rate -> group factor.
@@ -77,6 +78,7 @@ def make(
       no_decay: regexes of the paths without weight decay.
       groups: (regex, factor on the learning rate), first match wins; 0 freezes: no update, no decay, no moments,
         and no share in the gradient norm.
+      model_groups: more of them, of the objective, after yours; they may match nothing.
       clip_norm: 0 is off.
 
     Raises:
@@ -85,6 +87,7 @@ def make(
     names = list(tree.flatten(params))
     tree.check_rules([p for p, _ in groups], names, "optim.groups")
     tree.check_rules(no_decay, names, "optim.no_decay")
+    groups = (*groups, *model_groups)
     if name == "adamw":
         scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     elif name == "sgd":

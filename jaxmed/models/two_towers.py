@@ -55,6 +55,37 @@ def make_tower(side: str, fields: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"config.model.{side}: {e}") from None
 
 
+def frozen(
+    image: Mapping[str, Any],
+    text: Mapping[str, Any],
+    *,
+    lock_text: str = "none",
+    unlocked_text_layers: int = 0,
+    lock_text_projection: bool = False,
+) -> tuple[tuple[str, float], ...]:
+    """What is not trained, as (regex, 0.0) groups for the optimiser: position tables, and the locked text tower.
+
+    Args:
+      image, text: the towers as in `Model`.
+      lock_text, unlocked_text_layers, lock_text_projection: see `lock_groups` of the text tower's module.
+
+    Raises:
+      UserError: a text tower that cannot be locked, or options that it does not have.
+    """
+    groups = []
+    for side, fields in (("image", image), ("text", text)):
+        tables = getattr(load("models", fields["name"]), "FROZEN", ())
+        groups += [(f"^(?={side}/).*{pattern}", 0.0) for pattern in tables]
+    if lock_text == "none" and not lock_text_projection:
+        return tuple(groups)
+    module = load("models", text["name"])
+    if not hasattr(module, "lock_groups"):
+        raise UserError(f"config.objective.lock_text: the text tower {text['name']!r} has no locks")
+    depth = make_tower("text", text).depth
+    options = dict(lock=lock_text, unlocked_layers=unlocked_text_layers, projection=not lock_text_projection)
+    return (*groups, *module.lock_groups(depth, **options))
+
+
 class Model(nn.Module):
     """Normalised features of images and texts, in one parameter tree {"image", "text", "logit_scale", "logit_bias"}.
 

@@ -225,6 +225,9 @@ def build(
     false_negatives: str = "keep",
     clamp_bias: bool = False,
     legacy_scale_grad: int = 1,
+    lock_text: str = "none",
+    unlocked_text_layers: int = 0,
+    lock_text_projection: bool = False,
 ) -> Objective:
     """The contrastive objective on batches with "image", "text" and/or "sentence", "_mask" and perhaps "scan_depths"
     (and "draws": random draws given to the image tower instead of drawn, for parity).
@@ -241,6 +244,8 @@ def build(
         scales are always clamped, the second one of "dual" too.)
       legacy_scale_grad: with accumulation, multiply the gradient of `logit_scale` and `logit_bias` by this number, as
         the reference does (by the number of microbatches) by mistake.
+      lock_text, unlocked_text_layers, lock_text_projection: what of the text tower stays as it is: "none",
+        "all_but_norms" (as published for the chest models), "all", "adapters" (LoRA); see `models.bert.lock_groups`.
 
     Raises:
       UserError: an unknown option, or batches without what the loss needs.
@@ -264,6 +269,8 @@ def build(
 
     module = load("models", model["name"])
     net = call(module.Model, Config(model, "config.model"), skip=("name",))
+    locks = dict(lock_text=lock_text, unlocked_text_layers=unlocked_text_layers)
+    groups = module.frozen(model["image"], model["text"], **locks, lock_text_projection=lock_text_projection)
 
     def init(rng):
         smallest = min(spec.values(), key=lambda shapes: math.prod(shapes["image"].shape))
@@ -390,4 +397,5 @@ def build(
         features_fn=features_fn,
         loss_from_features=loss_from_features,
         flops_fn=flops_fn,
+        groups=groups,
     )

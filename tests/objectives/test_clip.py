@@ -349,3 +349,17 @@ def test_bad_configs(change, message):
         goal = clip.make(Config({"objective": {"name": "clip", **change}, "model": model}), spec)
         params = jax.eval_shape(goal.init, jax.random.key(0))[0]
         jax.eval_shape(goal.features_fn, params, {}, spec["b"], jax.random.key(0), 0)
+
+
+def test_frozen_tables_and_locked_text_reach_the_optimiser():
+    model = {"image": {"name": "hlip", "variant": "tiny"}, "text": {"name": "bert", "variant": "tiny", "out_dim": 96}}
+    model["name"] = "two_towers"
+    spec = {"b": {"image": jax.ShapeDtypeStruct((2, 2, 16, 64, 64), jnp.float32)}}
+    spec["b"] |= {"text": jax.ShapeDtypeStruct((2, 8), jnp.int32), "_mask": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    objective = clip.build(model=model, spec=spec, lock_text="all_but_norms", unlocked_text_layers=1)
+    names = tree.flatten(jax.eval_shape(objective.init, jax.random.key(0))[0])
+    trained = {n for n in names if tree.first_match(objective.groups, n, 1.0)}
+    assert "image/spatial_posemb" not in trained
+    assert {"image/cls_token", "logit_scale", "text/blocks_0/mlp_norm/scale", "text/blocks_1/fc1/kernel"} <= trained
+    assert "text/blocks_0/fc1/kernel" not in trained
+    assert "text/word_embeddings" not in trained
