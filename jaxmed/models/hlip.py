@@ -283,10 +283,13 @@ class Model(nn.Module):
         if train and self.patch_drop:
             noise = jax.random.uniform(rng_patches, (sizes.groups(self.levels[0]), patches))
             draws["patch_order"] = jnp.argsort(noise, axis=-1)
-        for i, (level, rate) in enumerate(zip(self.block_levels, self._rates())):
-            for j in (1, 2) if train and rate else ():
-                keep = jax.random.bernoulli(jax.random.fold_in(rng_paths, 2 * i + j), 1 - rate, (sizes.groups(level),))
-                draws[f"drop_path_mask/block_{i:02d}_{j}"] = keep.astype(jnp.float32)
+        if train and self.drop_path:
+            # One draw for all blocks: a generator for each would be most of the program.
+            counts = [sizes.groups(level) if rate else 0 for level, rate in zip(self.block_levels, self._rates())]
+            noise = jnp.split(jax.random.uniform(rng_paths, (2 * sum(counts),)), np.cumsum(np.repeat(counts, 2))[:-1])
+            for i, rate in enumerate(self._rates()):
+                for j in (1, 2) if rate else ():
+                    draws[f"drop_path_mask/block_{i:02d}_{j}"] = (noise[2 * i + j - 1] >= rate).astype(jnp.float32)
         return draws
 
     def _rates(self) -> list[float]:

@@ -79,12 +79,13 @@ def test_padding_gets_no_gradient():
         def loss(x, weights, study, model=model):
             return (model.apply({"params": weights}, x, depths)[0][study] ** 2).sum()
 
-        by_image, by_weights = jax.jit(jax.grad(loss, argnums=(0, 1)))(image, params(model), 0)
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        by_image, by_weights = gradients(image, params(model), 0)
         inside = np.zeros(image.shape, bool)
         inside[0, 0], inside[0, 1, :4] = True, True
         assert (np.asarray(by_image)[inside] != 0).all() and not np.asarray(by_image)[~inside].any()
         # Of an empty study (a padding row of the batch) everything is finite.
-        by_image, by_weights = jax.jit(jax.grad(loss, argnums=(0, 1)))(image, params(model), 1)
+        by_image, by_weights = gradients(image, params(model), 1)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((by_image, by_weights))) and not by_image.any()
 
 
@@ -144,7 +145,7 @@ def test_training_draws_mean_the_same_with_padding():
 
 
 def test_loop_scan_and_remat_are_equal():
-    fields = {"rope": True, "patch_drop": 0.3, "drop_path": 0.4, "max_num_scans": 4, "depth": 6, "reg_tokens": 1}
+    fields = {"rope": True, "patch_drop": 0.3, "drop_path": 0.4, "max_num_scans": 4, "depth": 4, "reg_tokens": 1}
     image, depths = images(2, 3, 6, 8, 8), np.array([[6, 4, 6], [6, 0, 0]], np.int32)
     rngs = {"dropout": jax.random.key(7)}
 
@@ -153,7 +154,7 @@ def test_loop_scan_and_remat_are_equal():
         return (z**2).sum(), z
 
     def both(**more):
-        model = tiny(**fields, **more)
+        model = tiny(("slice", "study"), **fields, **more)
         (_, z), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(params(model), model)
         return z, grads
 
@@ -182,7 +183,8 @@ def test_drawn_equals_given_and_rates():
     assert np.abs(z - run(model, image, train=True, rngs={"dropout": jax.random.key(4)})[0]).max() > 1e-3
     # Without draws, and in evaluation, nothing is random.
     assert_close(run(model, image, train=True, draws={})[0], run(model, image)[0])
-    many = tiny(("scan",) * 2, drop_path=0.25).apply({}, hlip.Sizes(500, 4, 1), 4, True, rngs=rngs, method=model._draw)
+    many = tiny(("scan",) * 2, drop_path=0.25)
+    many = many.apply({}, hlip.Sizes(500, 4, 1), 4, True, rngs=rngs, method=many._draw)
     assert abs(many["drop_path_mask/block_01_2"].mean() - 0.75) < 0.04
     with pytest.raises(UserError, match="rngs"):
         model.apply({"params": params(model)}, image, train=True)
@@ -254,7 +256,9 @@ def test_names_are_exact_both_ways():
 
 
 def test_initial_values():
-    model = hlip.Model(**{**TINY, "width": 96, "pool": "map", "reg_tokens": 1, "max_num_scans": 5, "depth": 3})
+    model = hlip.Model(
+        **{**TINY, "width": 96, "pool": "map", "reg_tokens": 1, "max_num_scans": 5, "levels": ("scan",), "depth": 2}
+    )
     flat = tree.flatten(jax.jit(model.init)(jax.random.key(0), images(1, 1, 6, 8, 8))["params"])
     std = {k: float(jnp.std(x)) for k, x in flat.items()}
     assert all(not x.any() for k, x in flat.items() if k.endswith("bias") and "patch_embed" not in k)
@@ -307,7 +311,7 @@ def test_bfloat16_activations():
 def test_eight_devices_equal_one():
     fields = {"max_num_scans": 4, "patch_drop": 0.3, "drop_path": 0.3, "heads": 2, "pool": "map"}
     image, depths = images(8, 2, 6, 8, 8), np.tile(np.array([[6, 4], [5, 0]], np.int32), (4, 1))
-    model = tiny(**fields, remat="full", scan_blocks=True)
+    model = tiny(("slice", "study"), **fields, remat="full", scan_blocks=True)
     rngs = {"dropout": jax.random.key(5)}
 
     def loss(weights, image, depths):
