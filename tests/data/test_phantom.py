@@ -111,9 +111,9 @@ def test_make_goes_on_where_it_was_stopped_and_is_done_once(tmp_path, capsys, mo
 
     monkeypatch.setattr(phantom, "subject", None)  # nothing to do: nothing is made
     phantom.make(whole, **options)
-    with pytest.raises(UserError, match="another dataset.*counts"):
+    with pytest.raises(UserError, match=r"another dataset.*counts"):
         phantom.make(whole, **{**options, "train": 7})
-    with pytest.raises(UserError, match="source.sise"):
+    with pytest.raises(UserError, match=r"source\.sise"):
         phantom.make(whole, sise=3)
 
 
