@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from jaxmed.core import accumulate, metrics, optim, sharding, tree
-from jaxmed.core.checkpoint import Checkpoints, load_part
+from jaxmed.core.checkpoint import Checkpoints, start_from
 from jaxmed.core.clock import Clock, peak_flops
 from jaxmed.core.config import Config, call
 from jaxmed.core.ema import with_ema
@@ -110,7 +110,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, state_shardings
     )
     checkpoints = Checkpoints(workdir / "checkpoints", keep=ckpt.get("keep", 2))
-    init_from = config.get("init_from")
+    init_from, init_except = config.get("init_from"), config.get("init_except", ())
     identity = {"plan_hash": stream.plan_hash, "total_steps": total_steps, "seed": seed}
     start_step = 0 if checkpoints.latest is None else checkpoints.latest
     if checkpoints.latest is not None:
@@ -120,8 +120,8 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     else:
         train_state = jax.jit(init_state, out_shardings=state_shardings)(rng_init)
         if init_from:
-            train_state["params"] = load_part(init_from, "params", abstract_state["params"])
-            say(f"parameters from {init_from}")
+            train_state["params"], left = start_from(init_from, train_state["params"], leave=init_except)
+            say(f"parameters from {init_from}" + (f", {len(left)} of them fresh: {', '.join(left)}" if left else ""))
     num_params = tree.num_params(params_shape)
     frozen = factors.get("0.0", 0)
     say(f"{num_params:,} parameters, of which {frozen:,} frozen; {total_steps} steps in {len(stream.spec)} bucket(s)")

@@ -6,30 +6,21 @@ changes, so that there and back is exact.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxmed.core import tree
 from jaxmed.core.errors import UserError
-from jaxmed.ports import hlip_visual
-from jaxmed.ports.names import Rule, Table, linear, norm
+from jaxmed.ports import bert, hlip_model, hlip_visual
+from jaxmed.ports.names import Names, Rule, Table, linear, unwrap
 
-# Prefixes that training wrappers put before every name.
-WRAPPERS = ("module.", "_orig_mod.")
+# Options, sizes and starts, for `python -m jaxmed.port`.
+MODEL = hlip_model
 # Buffers that are in some checkpoints and hold no weights.
 IGNORED = ("text.transformer.embeddings.position_ids", "text.transformer.embeddings.token_type_ids")
 SCALES = ("logit_scale", "logit_bias")
 _PEFT = "transformer.base_model.model."
-_LAYER = "transformer.encoder.layer.{i}."
-_LINEARS = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "out": "attention.output.dense",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
-}
 
 
 def _adapter(published: str, path: str) -> list[Rule]:
@@ -41,35 +32,13 @@ def _adapter(published: str, path: str) -> list[Rule]:
 
 _TEXT = Table(
     [
-        Rule("transformer.embeddings.word_embeddings.weight", "word_embeddings"),
-        Rule("transformer.embeddings.position_embeddings.weight", "position_embeddings"),
-        Rule("transformer.embeddings.token_type_embeddings.weight", "type_embeddings"),
-        *norm("transformer.embeddings.LayerNorm", "embeddings_norm"),
-        *(r for ours, name in _LINEARS.items() for r in linear(_LAYER + name, f"blocks_{{i}}/{ours}")),
-        *(r for ours, name in _LINEARS.items() for r in _adapter(_LAYER + name, f"blocks_{{i}}/{ours}")),
-        *norm(_LAYER + "attention.output.LayerNorm", "blocks_{i}/attention_norm"),
-        *norm(_LAYER + "output.LayerNorm", "blocks_{i}/mlp_norm"),
-        *linear("transformer.pooler.dense", "pooler"),
+        *(r._replace(published=f"transformer.{r.published}") for r in bert.RULES),
+        *(r for ours, name in bert.LINEARS.items() for r in _adapter(f"transformer.{name}", f"blocks_{{i}}/{ours}")),
         *linear("proj", "proj", bias=False),
         *linear("proj.0", "proj_0", bias=False),
         *linear("proj.2", "proj_1", bias=False),
     ]
 )
-
-
-class Names(NamedTuple):
-    """What became of the published names: ours by theirs, and those that have no place in the model."""
-
-    matched: dict[str, str]
-    ignored: list[str]
-    unknown: list[str]
-
-
-def unwrap(name: str) -> str:
-    """The name without the prefixes of wrappers."""
-    while name.startswith(WRAPPERS):
-        name = name[len(next(w for w in WRAPPERS if name.startswith(w))) :]
-    return name
 
 
 def _one_to_ours(name: str, x: np.ndarray) -> tuple[str, np.ndarray] | None:

@@ -30,6 +30,28 @@ def norm(published: str, path: str) -> list[Rule]:
     return [Rule(f"{published}.weight", f"{path}/scale"), Rule(f"{published}.bias", f"{path}/bias")]
 
 
+class Names(NamedTuple):
+    """What became of the published names: ours by theirs, and those that have no place in the model."""
+
+    matched: dict[str, str]
+    ignored: list[str]
+    unknown: list[str]
+
+
+# Prefixes that wrappers of training put before every name, and that others put anywhere in it.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+INSERTED = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def unwrap(name: str) -> str:
+    """The name without what wrappers of training put into it."""
+    for inserted in INSERTED:
+        name = name.replace(inserted, "")
+    while name.startswith(WRAPPERS):
+        name = name[len(next(w for w in WRAPPERS if name.startswith(w))) :]
+    return name
+
+
 class Table:
     """Both directions of a list of rules."""
 
