@@ -150,10 +150,10 @@ def _records(path: Path) -> list[tuple[int, dict]]:
         content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"manifest {path}: the file does not exist") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(
-            f"manifest {path}: cannot be read as UTF-8 text ({type(e).__name__}); save it as UTF-8"
-        ) from None
+    except OSError as e:
+        raise UserError(f"manifest {path}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"manifest {path}: is not UTF-8 text; save it as CSV UTF-8") from None
     if suffix in (".csv", ".tsv"):
         records = _csv(path, content, "\t" if suffix == ".tsv" else None)
     else:

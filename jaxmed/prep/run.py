@@ -174,6 +174,9 @@ def prepare(
     read = recipes.read_options(recipe) if read is None else dict(read)
     if codec not in CODECS:
         raise UserError(f"--codec={codec}: choose one of {', '.join(CODECS)}")
+    for given in sources:
+        if not dry_run and out.resolve().is_relative_to(Path(given).resolve()):
+            raise UserError(f"--out={out}: lies inside the source {given}; choose a folder outside of the scans")
     shares = parse_split(split)
     fields = {f.name for f in dataclasses.fields(scan.ReadOptions)}
     job = Job(

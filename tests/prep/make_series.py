@@ -4,6 +4,7 @@ A series is a list of pydicom datasets in slice order; every function returns ne
 """
 
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -145,6 +146,11 @@ def save_bare(ds: Dataset, path: Path) -> Path:
 
 def real_slices(paths: Sequence[Path], crop: int | None = None) -> list[FileDataset]:
     """A real series decoded, ordered along its normal, uncompressed, with `crop` central pixels of each plane."""
+    return list(_real_slices(tuple(paths), crop))
+
+
+@functools.lru_cache(maxsize=4)  # decoding JPEG 2000 takes a second, and nobody changes what is returned
+def _real_slices(paths: tuple[Path, ...], crop: int | None) -> list[FileDataset]:
     found = [pydicom.dcmread(p) for p in paths]
     axes = np.array(found[0].ImageOrientationPatient, float)
     normal = np.cross(axes[:3], axes[3:])

@@ -72,7 +72,7 @@ def half_written(out: Path) -> list[str]:
 
 
 def test_shards_do_not_depend_on_workers_and_survive_kill_9(tmp_path, capsys):
-    raw = studies(tmp_path / "raw", 7, shape=(120, 120, 70), spacing=(2.0, 2.0, 3.0))
+    raw = studies(tmp_path / "raw", 7, shape=(80, 80, 70), spacing=(2.0, 2.0, 3.0))
     (raw / "visit3" / "notes.txt").write_text("no image")
     options = [
         raw,
@@ -98,8 +98,7 @@ def test_shards_do_not_depend_on_workers_and_survive_kill_9(tmp_path, capsys):
         assert hashlib.sha256(data).hexdigest() == sidecar["sha256"]
     kept = (killed / whole[0]["file"]).stat().st_mtime_ns
     (killed / ".shard-00003.array_record.1.tmp").write_bytes(b"half a shard")
-    done = command(*options, f"--out={killed}", "--workers=2")
-    assert done.returncode == 0, done.stderr
+    assert main([*map(str, options), f"--out={killed}", "--workers=0"]) == 0
     assert (killed / whole[0]["file"]).stat().st_mtime_ns == kept  # continued, not done again
     assert content(killed) == content(straight) and not half_written(killed)
     dataset = shards.open_dataset(killed, verify="full")
@@ -128,8 +127,7 @@ def test_a_full_disk_is_one_error_and_nothing_half_written(tmp_path, limit):
     assert "Traceback" not in full.stderr and "run the same command again" in full.stderr
     out = tmp_path / "out"
     assert not list(out.glob("shard-*")) and not half_written(out) and not (out / "dataset.json").exists()
-    again = command(*options)
-    assert again.returncode == 0, again.stderr
+    assert main([*map(str, options[:-1]), "--workers=0"]) == 0
     assert main([str(raw), f"--out={tmp_path / 'b'}", "--name=x", "--shard-studies=2", "--workers=0"]) == 0
     assert content(tmp_path / "b") == content(out)
 
@@ -377,7 +375,13 @@ def test_manifest_and_vocabulary(tmp_path, capsys):
         (["{raw}", "--out={out}", "--split=train=0.5"], "sum to 1"),
         (["{raw}", "--out={out}", "--manifest={raw}/none.csv"], "none.csv"),
         (["{raw}/nothing", "--out={out}"], "nothing' does not exist"),
-        (["{raw}", "--out={raw}/visit0/scan.nii.gz"], "cannot be written"),
+        (["{raw}", "--out={raw}/out"], "lies inside the source"),
+        (["{raw}/visit0", "--out={raw}/visit0/scan.nii.gz"], "lies inside the source"),
+        (["{raw}/visit0", "--out={file}/out"], "cannot be written"),
+        (["{raw}", "--out={out}", "--manifest={raw}", "--labels=x"], "unknown kind"),
+        (["{raw}", "--out={out}", "--labels=x"], "give it with --manifest=FILE"),
+        (["{raw}", "--out={out}", "--study=["], "--study=\\[: no regular expression"),
+        (["--source=tfds", "--out={out}", "--patient=x"], "--patient is about files"),
         (
             ["{raw}", "--out={out}", "--recipe=hlip_head_ct", "--recipe.modalities=CT"],
             "no usable study.*wrong-modality",
@@ -389,7 +393,8 @@ def test_manifest_and_vocabulary(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, args, message):
-    names = {"raw": studies(tmp_path / "raw", 1), "out": tmp_path / "out"}
+    names = {"raw": studies(tmp_path / "raw", 1), "out": tmp_path / "out", "file": tmp_path / "file"}
+    names["file"].touch()
     extra = [] if "--workers=-1" in args else ["--workers=0"]
     assert main([a.format(**names) for a in args] + extra) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -221,18 +221,22 @@ def same_place(scan: RawScan, image: nibabel.Nifti1Image) -> tuple[np.ndarray, f
     Both grids must have the same voxels, in any order and direction of axes.
     """
     steps = np.rint(np.linalg.inv(image.affine) @ scan.affine)
-    index = np.stack(
-        [*np.meshgrid(*[np.arange(n) for n in scan.voxels.shape], indexing="ij"), np.ones(scan.voxels.shape)]
-    )
-    i, j, k = (steps @ index.reshape(4, -1))[:3].astype(int)
+    shape = scan.voxels.shape
     corners = np.array([[d, h, w, 1] for d in (0, 1) for h in (0, 1) for w in (0, 1)]).T
-    corners[:3] *= np.array(scan.voxels.shape)[:, None] - 1
+    corners[:3] *= np.array(shape)[:, None] - 1
     apart = float(np.abs(image.affine @ steps @ corners - scan.affine @ corners).max())
     values = np.asanyarray(image.dataobj)
     values = values[..., None] if values.ndim == 2 else values
-    assert all((x >= 0).all() and (x < n).all() for x, n in zip((i, j, k), values.shape)), "the grids differ"
-    found = values[i, j, k] if values.ndim == 3 else values[i, j, k, scan.meta["volume"]]
-    return found.reshape(scan.voxels.shape), apart
+    values = values if values.ndim == 3 else values[..., scan.meta["volume"]]
+    turn = steps[:3, :3]
+    for axis in np.flatnonzero(np.array(shape) == 1):  # any axis that is left over
+        turn[:, axis] = 0
+        turn[np.flatnonzero(~turn.any(1)), axis] = 1
+    assert np.array_equal(np.abs(turn) @ np.abs(turn).T, np.eye(3)), "the grids differ"
+    values = values.transpose(*np.abs(turn).argmax(0))  # its axes in the scan's order
+    ends = (steps @ corners)[:3]
+    assert values.shape == shape and ends.min() == 0, "the grids differ"
+    return values[tuple(slice(None, None, int(sign)) for sign in turn.sum(0))], apart
 
 
 @pytest.mark.parametrize("case", TABLE, ids=[f"{c.kind} [{c.files.split('/')[-1]}]" for c in TABLE])
