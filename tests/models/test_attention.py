@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,6 +106,22 @@ def test_kernel_on_a_mesh(run):
         out = jax.jit(functools.partial(run, impl="flash_tpu"))(q, k, v, mask=mask)
     assert len({str(s.index) for s in out.addressable_shards}) == 8
     np.testing.assert_allclose(out, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1177, 11761])
+def test_kernel_lowers_for_tpu(tokens):
+    """Forward and backward, at the sizes of a published scan and of a study of ten (compiled nowhere here)."""
+
+    def loss(q, k, v, mask):
+        return attention.attend(q, k, v, mask=mask, impl="flash_tpu").astype(jnp.float32).sum()
+
+    x = jax.ShapeDtypeStruct((2, tokens, 12, 64), jnp.bfloat16)
+    exported = jax.export.export(
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))),
+        platforms=["tpu"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("tpu_custom_call")],
+    )(x, x, x, jax.ShapeDtypeStruct((2, tokens), jnp.bool_))
+    assert exported.mlir_module().count("tpu_custom_call") == 3
 
 
 def test_weights_and_their_gradient():

@@ -26,6 +26,7 @@ def model(vision: dict) -> hlip.Model:
         patch=tuple(vision["patch_size"]),
         width=vision["width"],
         heads=vision["heads"],
+        mlp_ratio=vision.get("mlp_ratio", 4.0),
         max_num_scans=vision["max_num_scans"],
         reg_tokens=registers,
         pool="dinotxt" if dinotxt else vision.get("pool", "token"),
