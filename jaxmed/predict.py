@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import nibabel
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from jaxmed import predict_model, predict_prompts, predict_studies
@@ -237,13 +238,15 @@ def predict(
     batch: int = 1,
     workers: int = 0,
     salt_file: str | None = None,
-    manifest: str | None = None,
+    manifest: Sequence[str] | None = None,
+    study: str = "",
     paths: str = "redact",
 ) -> dict[str, Any]:
     """From raw scans to embeddings, and for "zeroshot" to class scores and heat maps.
 
     Args:
-      sources, manifest, paths, salt_file, recipe: as for `prep.run.prepare`; `recipe` None is that of the training.
+      sources, manifest, study, paths, salt_file: as for `prep.run.prepare`.
+      recipe: of prep, with options; None = that of the training.
       ckpt: see `predict_model.load_model`.
       prompts: see `predict_prompts.find`; vocab: of the text tower, None = that of the training.
       target: class of the heat maps, None = the most likely of each study.
@@ -272,7 +275,7 @@ def predict(
 
     asked, classifier, names = None, None, ()
     if task == "zeroshot":
-        asked = predict_prompts.find(prompts, loaded.zeroshot)
+        asked = predict_prompts.find(prompts, loaded.zeroshot, loaded.text.get("prefix", ""))
         names = asked.names
         if target is not None and target not in names:
             raise UserError(f"--target={target}: there is no such class; choose one of {', '.join(names)}")
@@ -282,7 +285,8 @@ def predict(
         (out / ".prep").mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out={out}: cannot be written ({e.strerror}); choose another folder") from None
-    reader = predict_studies.find(sources, chosen, read, out=out, salt_file=salt_file, manifest=manifest, paths=paths)
+    places = dict(salt_file=salt_file, manifest=manifest, study=study, paths=paths)
+    reader = predict_studies.find(sources, read, out=out, **places)
     asker = Asker(loaded, asked, classifier, target=None if target is None else names.index(target))
     output = Output(out, asker, names, asked.score if asked else "", tuple(tower.patch), heatmap)
     output.seconds["start"] = time.perf_counter() - begun
@@ -291,9 +295,9 @@ def predict(
     mark = time.perf_counter()
     studies = predict_studies.studies(reader, chosen, read, patch=tower.patch, workers=workers)
     with tqdm(total=len(reader.found), desc=task, unit="study", mininterval=0.5, file=sys.stderr) as bar:
-        for study in studies:
+        for one in studies:
             output.seconds["read"] += time.perf_counter() - mark
-            waiting[study.bucket].append(study)
+            waiting[one.bucket].append(one)
             # Rare shapes wait for company, but not for ever: their voxels are in memory.
             full = max(waiting, key=lambda b: len(waiting[b]))
             if len(waiting[full]) == batch or sum(map(len, waiting.values())) >= 4 * batch:
@@ -313,7 +317,7 @@ def predict(
         "params_sha256": params_sha256(jax.device_get(loaded.params)),
         "recipe": chosen.describe(),
         "read": read,
-        "classes": list(names),
+        "prompts": dict(zip([*names, *(f"not {n}" for n in names)], asked.texts)) if asked else {},
         "score": output.score,
         "studies": [{k: v for k, v in r.items() if k not in ("features", "values")} for r in rows],
         "failed": reader.failed,
@@ -396,7 +400,8 @@ def _main(argv: list[str]) -> int:
     add("--batch", type=int, default=1, metavar="N", help="studies per call of the model (default: 1)")
     add("--workers", type=int, default=0, metavar="N", help="processes that read; 0 (default): this one")
     add("--salt-file", metavar="FILE", help="secret of the keys; the same one gives the keys of a prep")
-    add("--manifest", metavar="FILE", help="a table that says which files are one study, as for prep")
+    add("--manifest", action="append", metavar="FILE", help="a table that says which files are one study, as for prep")
+    add("--study", default="", metavar="REGEX", help="what it matches in a file's place names its study, as for prep")
     add(
         "--paths", default="redact", choices=("redact", "hash", "keep"), help="places in tables and report, as for prep"
     )
@@ -410,6 +415,7 @@ def _main(argv: list[str]) -> int:
         options[group].append((option, value))
     if args.batch < 1 or args.workers < 0:
         parser.error("--batch must be 1 or more, --workers 0 or more")
+    logging.set_verbosity(logging.FATAL)  # orbax logs what checkpoint.py says in one line
     report = predict(recipe_options=options["recipe"], read_options=options["read"], **vars(args))
     _print(report, args.out)
     return 0

@@ -14,17 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from jaxmed.core import checkpoint, tree
+from jaxmed.core import checkpoint, tree, weights
 from jaxmed.core.config import Config
 from jaxmed.core.ema import with_ema
 from jaxmed.core.errors import UserError
 from jaxmed.core.load import load
 from jaxmed.evals import relevance
-
-WEIGHTS = "params.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Loaded:
       predict_fns: {name: fn(params, {}, batch)} of the objective: "embed_image", "embed_text".
       loss: of the objective ("clip", "dual", ...).
       recipe: how the training data were prepared, as `prep` describes it, or None if that is not known.
-      text: `vocab`, `lowercase`, `context`, `prefix` of the training data, those that are known.
+      text: `vocab`, `lowercase`, `prefix` of the training data, those that are known.
       zeroshot: arguments of the run's own zero-shot evaluator, or None.
     """
 
@@ -75,7 +71,7 @@ def load_model(path: str | Path, *, value_range: tuple[float, float] | None = No
     if root is None:
         raise UserError(
             f"--ckpt={path}: neither a run (config.json, checkpoints/), nor one of its checkpoints, nor ported weights "
-            f"(model.json, {WEIGHTS}; see python -m jaxmed.port)"
+            f"(model.json, {weights.PARAMS}; see python -m jaxmed.port)"
         )
     config = _json(root / "config.json")
     objective, fields, abstract = _build(config, _recipe_of(config), value_range, f"{root}/config.json")
@@ -92,12 +88,8 @@ def _ported(path: Path, value_range) -> Loaded:
     if "model" not in config:
         raise UserError(f"{path / 'model.json'}: it has no field 'model'; make it again with python -m jaxmed.port")
     objective, fields, abstract = _build(config, _recipe_of(config), value_range, f"{path}/model.json")
-    try:
-        flat = load_file(path / WEIGHTS)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path / WEIGHTS}: cannot be read ({' '.join(str(e).split())[:200]})") from None
-    params = tree.unflatten(flat)
-    checkpoint.compare(checkpoint.shapes(params), abstract, path / WEIGHTS)
+    params = tree.unflatten(weights.read(path / weights.PARAMS))
+    checkpoint.compare(checkpoint.shapes(params), abstract, path / weights.PARAMS)
     return _loaded(path, config, objective, fields, jax.tree.map(jnp.asarray, params))
 
 
@@ -110,9 +102,9 @@ def _loaded(path: Path, config, objective, fields, params) -> Loaded:
         tower=_tower(fields),
         params=params,
         predict_fns=objective.predict_fns,
-        loss=config.get("objective", {}).get("loss", "clip"),
+        loss=_section(config)["loss"],
         recipe=_recipe_of(config),
-        text={k: given[k] for k in ("vocab", "lowercase", "context", "prefix") if given.get(k) is not None},
+        text={k: given[k] for k in ("vocab", "lowercase", "prefix") if given.get(k) is not None},
         zeroshot=evals[0] if evals else None,
     )
 
@@ -130,7 +122,7 @@ def _build(config: dict, recipe: dict | None, value_range, where: str):
     values = value_range or (recipe or {}).get("value_range")
     if values is not None and fields["image"].get("pixel_range") is None:
         fields["image"]["pixel_range"] = list(values)
-    section = {"name": "clip", **config.get("objective", {})}
+    section = _section(config)
     tower = _tower(fields)
     image = (1, 1, *tower.img_size) + ((tower.channels,) if tower.channels > 1 else ())
     spec = {"image": jax.ShapeDtypeStruct(image, jnp.float32), "scan_depths": jax.ShapeDtypeStruct((1, 1), jnp.int32)}
@@ -145,6 +137,14 @@ def _build(config: dict, recipe: dict | None, value_range, where: str):
 
 def _tower(fields: dict[str, Any]):
     return load("models", fields["name"]).make_tower("image", fields["image"])
+
+
+def _section(config: dict[str, Any]) -> dict[str, Any]:
+    """config.objective; where it is not described, what `logit_bias` says (a second log-scale, or SigLIP's bias)."""
+    bias = config["model"].get("logit_bias_init")
+    return {"name": "clip", "loss": "clip" if bias is None else "siglip" if bias < 0 else "dual"} | config.get(
+        "objective", {}
+    )
 
 
 def _here(abstract):
@@ -203,9 +203,9 @@ def explain(tower, params, batch: Mapping[str, Any], score_fn: Callable, *, toke
         return l2_normalize(z), out["attention"][:, :, :rows]
 
     probe = jnp.zeros((groups, tower.heads, rows, n))
-    features, passed, weights, gradient = relevance.attention_gradient(features_fn, probe, score_fn)
-    by_patch = relevance.of_patches(weights, gradient, prefix=prefix, row=row)
-    return features, passed, weights, gradient, relevance.on_grid(by_patch, s, grid)
+    features, passed, attention, gradient = relevance.attention_gradient(features_fn, probe, score_fn)
+    by_patch = relevance.of_patches(attention, gradient, prefix=prefix, row=row)
+    return features, passed, attention, gradient, relevance.on_grid(by_patch, s, grid)
 
 
 def l2_normalize(x):

@@ -15,8 +15,10 @@ from jaxmed.data.tokenize import Tokenizer
 from jaxmed.evals import scores
 from jaxmed.evals.zeroshot import SCORES
 
+EXAMPLE = '{"edema": "pulmonary edema", "normal": "no finding"}'
 FORM = """\
-{"edema": "pulmonary edema", "normal": ["no finding", "normal study"]}, or with more fields:
+{"edema": "pulmonary edema", "normal": ["no finding", "normal study"]} (each after the prefix of the training reports,
+if that is known), or with more fields:
 {"classes": {...}, "templates": ["This study shows: {}."], "negatives": {"edema": "no edema"},
  "score": "softmax" (classes exclude each other) | "pair" (each against its negative) | "cosine"}"""
 
@@ -57,17 +59,18 @@ class Prompts:
         return np.stack([scores.pair_probability(logits, k + j, j) for j in range(k)], axis=1)
 
 
-def find(given: str | None, own: Mapping[str, Any] | None) -> Prompts:
+def find(given: str | None, own: Mapping[str, Any] | None, prefix: str = "") -> Prompts:
     """The prompts that `--prompts` names, or those that the run was evaluated with.
+
+    Args:
+      prefix: of the reports in training; begins the texts where the file has no templates.
 
     Raises:
       UserError: there are none, or they cannot be used.
     """
     if given is None:
         if own is None:
-            raise UserError(
-                "--prompts is missing: zero-shot needs a JSON file of classes and prompts, e.g. " + FORM.splitlines()[0]
-            )
+            raise UserError("--prompts is missing: zero-shot needs a JSON file of classes and prompts, e.g. " + EXAMPLE)
         return _parse(own, "the run's config.evals")
     path = Path(given)
     try:
@@ -77,8 +80,9 @@ def find(given: str | None, own: Mapping[str, Any] | None) -> Prompts:
     except (OSError, ValueError) as e:
         raise UserError(f"--prompts={given}: is no JSON file ({' '.join(str(e).split())})") from None
     if not isinstance(content, dict) or not content:
-        raise UserError(f"--prompts={given}: expected a table of classes, e.g. {FORM.splitlines()[0]}")
-    return _parse(content if isinstance(content.get("classes"), dict) else {"classes": content}, f"--prompts={given}")
+        raise UserError(f"--prompts={given}: expected a table of classes, e.g. {EXAMPLE}")
+    fields = content if isinstance(content.get("classes"), dict) else {"classes": content}
+    return _parse({"templates": prefix + "{}", **fields}, f"--prompts={given}")
 
 
 def _parse(fields: Mapping[str, Any], where: str) -> Prompts:

@@ -65,13 +65,14 @@ def choose_recipe(
     """
     if name is not None:
         return recipes.get(name, overrides)
-    d, h, _ = img_size
+    d, h, w = img_size
     if known is None or known.get("name") not in recipes.RECIPES:
         what = "is not known here" if known is None else f"is {known.get('name')!r}, which is no recipe of prep"
         raise UserError(
-            f"--recipe is missing: how the model's training data were prepared {what}. Give it, for brain MR with this "
-            f"model e.g. --recipe=hlip_brain_mri --recipe.slices={d} --recipe.resize={h} --recipe.crop={h} "
-            "(all: python -m jaxmed.prep --list-recipes)"
+            f"--recipe is missing: how the model's training data were prepared {what}. The model's grid is "
+            f"{d}x{h}x{w}; published weights for brain MR and head CT (48x224x224) were trained with "
+            "--recipe=hlip_brain_mri and --recipe=hlip_head_ct, those for chest CT with hlip_chest_ct_published; other "
+            "grids by --recipe.OPTION=VALUE (python -m jaxmed.prep --list-recipes)"
         )
     recipe = recipes.RECIPES[known["name"]]
     stored = {k: v for step in known.get("steps", ()) for k, v in step.items() if k != "step"}
@@ -91,7 +92,14 @@ def _like(value: Any, default: Any) -> Any:
 
 
 def find(
-    sources: Sequence[str], recipe: recipes.Recipe, read: dict[str, Any], *, out: Path, salt_file, manifest, paths
+    sources: Sequence[str],
+    read: dict[str, Any],
+    *,
+    out: Path,
+    salt_file: str | None = None,
+    manifest: Sequence[str] | None = None,
+    study: str = "",
+    paths: str = "redact",
 ) -> Reader:
     """Studies among the sources; see `prep.run.prepare` for the arguments.
 
@@ -100,7 +108,7 @@ def find(
     """
     salt = find_salt(out, salt_file, create=True)
     studies, rejects = discover.find_studies(
-        sources, salt=salt, manifest=manifest, skip_names=read["skip_names"], paths=paths
+        sources, salt=salt, manifest=manifest, study=study, skip_names=read["skip_names"], paths=paths
     )
     return Reader(studies, [dataclasses.asdict(r) for r in rejects], [], [])
 
