@@ -171,7 +171,8 @@ _CHEST = {
     "foreground": "lungs",
 }
 
-# With three reconstructions of CT-RATE that the reference drops by name.
+# Three reconstructions of CT-RATE are dropped by name, as the reference does. The others of a study become its scans;
+# HLIP trains on one random reconstruction per study and epoch: a batch bucket with scans=(1,) draws it.
 _CT_RATE = {"max_volumes": 1, "skip_names": "seg|mask|label|train_(1267_a_4|11755_a_[34])$"}
 
 RECIPES = {

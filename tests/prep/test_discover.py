@@ -5,10 +5,12 @@ import io
 import json
 import os
 import shutil
+import struct
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel
 import nrrd
 import numpy as np
 import pydicom
@@ -247,6 +249,14 @@ def test_ct_rate_as_published(tmp_path):
         "ClinicalInformation_EN",
         "Manufacturer, PatientAge",
     }
+    # A header that scales by itself is replaced, not followed by the table's numbers.
+    place = tmp_path / "train" / "train_2" / "train_2_a" / "train_2_a_1.nii.gz"
+    data = bytearray(gzip.decompress(place.read_bytes()))
+    struct.pack_into("<2f", data, 112, 1, -1024)
+    place.write_bytes(gzip.compress(data))
+    assert float(nibabel.load(place).dataobj.inter) == -1024
+    [one] = [s for s in find_studies([tmp_path / "train"], **options)[0] if "train_2_a" in s.sentences[0]]
+    assert np.array_equal(only(read_scans(one.series[0])).voxels, VOLUME + 4 - 1024)
     # Another layout: all volumes in one folder. Only the expression says what a study is.
     (tmp_path / "flat").mkdir()
     for path in (tmp_path / "train").rglob("*.nii.gz"):

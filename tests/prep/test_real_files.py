@@ -216,9 +216,8 @@ def dcm2niix(paths: list[Path], folder: Path) -> list[nibabel.Nifti1Image]:
 
 
 def same_place(scan: RawScan, image: nibabel.Nifti1Image) -> tuple[np.ndarray, float]:
-    """The image's values at the scan's voxels, and how far (mm) the two affines put a corner apart.
-
-    Both grids must have the same voxels, in any order and direction of axes.
+    """The image's values at the scan's voxels (of the same grid but for the order and direction of its axes), and how
+    far (mm) the two affines put a corner apart.
     """
     steps = np.rint(np.linalg.inv(image.affine) @ scan.affine)
     shape = scan.voxels.shape
@@ -226,8 +225,7 @@ def same_place(scan: RawScan, image: nibabel.Nifti1Image) -> tuple[np.ndarray, f
     corners[:3] *= np.array(shape)[:, None] - 1
     apart = float(np.abs(image.affine @ steps @ corners - scan.affine @ corners).max())
     values = np.asanyarray(image.dataobj)
-    values = values[..., None] if values.ndim == 2 else values
-    values = values if values.ndim == 3 else values[..., scan.meta["volume"]]
+    values = values[..., scan.meta["volume"]] if values.ndim == 4 else values.reshape((*values.shape, 1)[:3])
     turn = steps[:3, :3]
     for axis in np.flatnonzero(np.array(shape) == 1):  # any axis that is left over
         turn[:, axis] = 0
@@ -376,8 +374,7 @@ def test_radiographs_are_inverted(name, tmp_path):
     (scan,), _ = read(paths)
     stored = pydicom.dcmread(paths[0])
     assert np.array_equal(scan.voxels[0], (1 << stored.BitsStored) - 1 - stored.pixel_array.astype(int))
-    image = np.asanyarray(dcm2niix(paths, tmp_path)[-1].dataobj)
-    image = image.reshape(image.shape[:2])  # (w, h), rows from the bottom
+    image = np.asanyarray(dcm2niix(paths, tmp_path)[-1].dataobj).squeeze()  # (w, h), rows from the bottom
     assert np.array_equal(image[:, ::-1].T, stored.pixel_array)
 
 
