@@ -138,19 +138,20 @@ class Output:
         """Predicts studies of one bucket; what fails as a group is tried alone, what fails alone is noted."""
         started = time.perf_counter()
         new = group[0].bucket not in self.buckets
+        answer, memory, text = {}, False, ""
         try:
             answer = self.asker(predict_studies.stack(group, rows), self.heatmap)
         except (jax.errors.JaxRuntimeError, MemoryError, UserError) as e:
-            if rows > 1:
-                for one in group:
-                    self.ask([one], 1, failed)
-                return
-            text = " ".join(str(e).split())[:200]
+            text = " ".join(str(e).split())[:200] or type(e).__name__
             memory = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
-            self._fail(failed, group[0], "too-large" if memory else "does-not-fit", text)
+        self.seconds["compile and first run" if new else "model"] += time.perf_counter() - started
+        if text:
+            if rows == 1:
+                self._fail(failed, group[0], "too-large" if memory else "does-not-fit", text)
+                return
+            for one in group:
+                self.ask([one], 1, failed)
             return
-        finally:
-            self.seconds["compile and first run" if new else "model"] += time.perf_counter() - started
         self.buckets[group[0].bucket] += len(group)
         for i, study in enumerate(group):
             answers = {k: x[i] for k, x in answer.items() if k != "scale"}
@@ -260,6 +261,9 @@ def predict(
       UserError: an argument is wrong, or no study could be used.
     """
     begun = time.perf_counter()
+    for given in sources:
+        if Path(out).resolve().is_relative_to(Path(given).resolve()):
+            raise UserError(f"--out={out}: lies inside the source {given}; choose a folder outside of the scans")
     if task not in TASKS:
         raise UserError(f"--task={task}: choose one of {', '.join(TASKS)}")
     if task == "embed" and (heatmap or prompts or target):

@@ -153,6 +153,7 @@ def test_errors_are_one_line(run, scans, prompts, tmp_path, capsys):
     assert "no study could be used" in error(tmp_path / "empty")
     assert "no study could be used: no-images (1), localizer (1)" in error(scans / "scout")
     assert "does not exist" in error(tmp_path / "absent") or "no such" in error(tmp_path / "absent")
+    assert "lies inside the source" in error(out=scans / "out")
     assert "--task=segment: choose one of" in error(task="segment")
     assert "--prompts is missing" in error(prompts=None)
     assert "there is no such file" in error(prompts=tmp_path / "absent.json")
