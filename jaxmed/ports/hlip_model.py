@@ -30,8 +30,8 @@ STARTS = {
     "text": "a BERT (Hugging Face names) that the text tower starts from",
 }
 NOTES = {
-    "src": "The published HLIP weights started from ImageNet MAE weights, whose licence is CC-BY-NC 4.0 (not commercial).",
-    "image": "The MAE release's ImageNet weights have the licence CC-BY-NC 4.0 (not commercial); so has what starts there.",
+    "src": "The published HLIP weights started from ImageNet MAE weights, whose licence is CC-BY-NC 4.0.",
+    "image": "The MAE release's ImageNet weights have the licence CC-BY-NC 4.0; so has what starts from them.",
 }
 _LOG_SCALE = math.log(1 / 0.07)
 # Fields of the towers that shapes do not show, in the words of the command.
@@ -191,7 +191,7 @@ def _image(flat, given: dict[str, Any], text_out: int | None) -> tuple[dict[str,
     sizes = ", ".join(f"{k}={_show(v)}" for k, v in seen.items() if k in ("width", "depth", "patch", "pool", "out_dim"))
     if fitting:
         listed = "; ".join(
-            f"--variant={names[0]} ({', '.join(f'{k}={_show(v)}' for k, v in zip(_UNSEEN_IMAGE, values))})"
+            f"--variant={' = '.join(names)} ({', '.join(f'{k}={_show(v)}' for k, v in zip(_UNSEEN_IMAGE, values))})"
             for values, names in fitting.items()
         )
         raise UserError(

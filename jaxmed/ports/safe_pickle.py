@@ -14,6 +14,10 @@ class Refused(Exception):
     """The stream asks for something that is not plain data; the message says what."""
 
 
+class Unknown(Refused):
+    """The stream names an object of Python that is not in the table."""
+
+
 class Damaged(Exception):
     """The bytes are no whole pickle."""
 
@@ -156,7 +160,7 @@ class _Machine:
     def _global(self, name: str) -> None:
         word = self._find(name)
         if word is None:
-            raise Refused(f"the Python object {name.replace(' ', '.')}")
+            raise Unknown(f"the Python object {name.replace(' ', '.')}")
         self._stack.append(word)
 
     def _stack_global(self, _) -> None:
@@ -200,7 +204,7 @@ def load(
       persistent: what a persistent id stands for.
 
     Raises:
-      Refused: the stream asks for anything that is not plain data or in the table.
+      Refused: the stream asks for anything that is not plain data or in the table (`Unknown`: by name).
       Damaged: it is no whole pickle.
     """
 

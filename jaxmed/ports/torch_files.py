@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxmed.core.errors import UserError
 from jaxmed.ports import safe_pickle
-from jaxmed.ports.safe_pickle import Damaged, Refused, Word
+from jaxmed.ports.safe_pickle import Damaged, Refused, Unknown, Word
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _ALIGN = 64
@@ -105,17 +105,10 @@ def read(path: str | Path, key: str | None = None) -> State:
             head = f.read(4)
             f.seek(0)
             found = _read_zip(f) if head[:2] == b"PK" else _read_legacy(f)
-        dicts = dict(_dicts(found))
-        if key is None:
-            tops = [k for k in ("", *_KEYS) if k in dicts]
-            key = tops[0] if tops else next(iter(dicts), None) if len(dicts) == 1 else None
-        if key not in dicts:
-            named = ", ".join(k or "the file itself" for k in dicts) or "nothing: it has no tensors"
-            asked = "it does not say which of its dicts are the weights" if key is None else f"no weights under {key!r}"
-            raise UserError(f"{path}: {asked}; --key can name {named}")
-        others = [k for k in found if k != key.split(".")[0]] if key else []
-        tensors = {k: x.numpy() for k, x in dicts[key].items() if isinstance(x, Tensor)}
-        return State(tensors, key, [str(k) for k in others])
+            key, chosen = _choose(path, dict(_dicts(found)), key)
+            # While the file is open: compressed entries are read now, others stay in it.
+            tensors = {k: x.numpy() for k, x in chosen.items() if isinstance(x, Tensor)}
+        return State(tensors, key, [str(k) for k in found if k != key.split(".")[0]] if key else [])
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e})") from None
     except Refused as e:
@@ -127,6 +120,17 @@ def read(path: str | Path, key: str | None = None) -> State:
         raise UserError(
             f"{path}: no whole PyTorch file ({' '.join(str(e).split())[:200]}); download or copy it again"
         ) from None
+
+
+def _choose(path: Path, dicts: dict[str, dict], key: str | None) -> tuple[str, dict]:
+    if key is None:
+        tops = [k for k in ("", *_KEYS) if k in dicts]
+        key = tops[0] if tops else next(iter(dicts), None) if len(dicts) == 1 else None
+    if key not in dicts:
+        named = ", ".join(k or "the file itself" for k in dicts)
+        asked = "it does not say which of its dicts are the weights" if key is None else f"no weights under {key!r}"
+        raise UserError(f"{path}: {asked}; --key can name {named}" if dicts else f"{path}: it has no tensors")
+    return key, dicts[key]
 
 
 def _dicts(x: Any, key: str = "", depth: int = 3):
@@ -145,7 +149,7 @@ def _dicts(x: Any, key: str = "", depth: int = 3):
 
 
 def _tensor(storage, offset, shape, strides, *_) -> Tensor:
-    return _tensor_of(storage.dtype, storage, offset, shape, strides)
+    return _tensor_of(getattr(storage, "dtype", None), storage, offset, shape, strides)
 
 
 def _tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> Tensor:
@@ -279,12 +283,16 @@ def _read_zip(f: BinaryIO) -> Any:
 
 
 def _read_legacy(f: BinaryIO) -> Any:
+    start = f.read(20)
+    f.seek(0)
     try:
         magic = safe_pickle.load(f, _find)
+    except Unknown:
+        raise
     except (Damaged, Refused):
         magic = None
     if magic != _LEGACY_MAGIC:
-        raise Damaged("it starts like none of PyTorch's formats")
+        raise Damaged(f"it starts with {start!r}, like none of PyTorch's formats")
     safe_pickle.load(f, _find)  # the version of the protocol, 1001 ever since
     swap = not safe_pickle.load(f, _find).get("little_endian", True)
     storages: dict[str, np.ndarray] = {}
