@@ -116,7 +116,7 @@ def init(model: Mapping[str, Any]) -> Callable[[jax.Array], dict[str, Any]]:
         if "text" in model:
             inputs["text"] = jnp.ones((1, 2), jnp.int32)
         params = dict(module.init(rng, **inputs)["params"])
-        if "logit_scale_init" not in model:
+        if not {"image", "text"} <= set(model) and "logit_scale_init" not in model:
             del params["logit_scale"]
         return params
 
@@ -172,7 +172,9 @@ def _image(flat, given: dict[str, Any], text_out: int | None) -> tuple[dict[str,
         return {"name": "hlip", **given}, []
     seen = _image_sizes(flat, text_out)
     if {"levels", "heads"} <= set(given):
-        return {"name": "hlip", **seen, **given}, []
+        model = {"name": "hlip", "rope": False, **seen, **given}
+        assumed = ", ".join(f"{k}={model[k]}" for k in ("rope", "keep_token_axis") if k not in given)
+        return model, [f"image: shapes do not show {assumed}; else give --model.image.FIELD=true"] if assumed else []
     defaults = {f.name: f.default for f in dataclasses.fields(hlip.Model)}
     fitting: dict[tuple, list[str]] = {}
     for name, fields in hlip.VARIANTS.items():

@@ -109,6 +109,15 @@ class TestThereAndBack:
         run(capsys, f"--src={tmp_path}/o --out={tmp_path}/b.safetensors --back")
         same(half, {k: weights.read(tmp_path / "b.safetensors")[k] for k in half})
 
+    def test_back_from_a_workdir(self, tmp_path, capsys):
+        published, _ = golden("dual_step")
+        params = jax.tree.map(jnp.asarray, hlip.to_jaxmed(published))
+        with checkpoint.Checkpoints(tmp_path / "run/checkpoints") as c:
+            c.save(7, {"params": params, "step": jnp.int32(7)}, {})
+        for place in ("run", "run/checkpoints/7"):
+            run(capsys, f"--src={tmp_path}/{place} --out={tmp_path}/b.pt --back")
+            same(published, {k: torch_files.read(tmp_path / "b.pt").tensors[k] for k in published})
+
     def test_misfits_name_tensor_and_shapes(self, tmp_path, capsys):
         published, _ = golden("clip_step_multiscan_h2")
         unseen = UNSEEN["clip_step_multiscan_h2"]
@@ -140,6 +149,25 @@ class TestThereAndBack:
         assert "fresh: image/norm/bias" in run(capsys, port_of(less), out, unseen, "--fresh=^image/norm/bias$")
         fresh = weights.read(tmp_path / "o/params.safetensors")["image/norm/bias"]
         np.testing.assert_array_equal(fresh, np.zeros(24, np.float32))
+
+    def test_a_config_names_the_model(self, tmp_path, capsys):
+        published, _ = golden("clip_step_multiscan_h2")
+        weights.write(tmp_path / "a.safetensors", published)
+        image = dict(name="hlip", levels=("scan", "study"), depth=4, width=24, heads=2, img_size=(4, 8, 8), out_dim=16)
+        image |= dict(patch=(2, 4, 4), max_num_scans=6)
+        text = dict(name="bert", vocab_size=61, width=24, depth=2, heads=3, mlp_width=64, max_positions=20, out_dim=16)
+        (tmp_path / "c.py").write_text(
+            "from ml_collections import ConfigDict\n"
+            f"model = dict(name='two_towers', image={image}, text={text})\n"
+            "def get_config(arg):\n return ConfigDict(dict(model=model))\n"
+        )
+        src = f"--src={tmp_path}/a.safetensors --config={tmp_path}/c.py --out={tmp_path}/o"
+        assert "matched       95" in run(capsys, src)
+        assert json.loads((tmp_path / "o/model.json").read_text())["model"]["image"]["levels"] == ["scan", "study"]
+        error = fails(capsys, src, "--model.image.patch=2,8,8")
+        assert (
+            "'visual.trunk.patch_embed.proj.weight' has shape (24, 1, 2, 4, 4)" in error and "(2, 8, 8, 1, 24)" in error
+        )
 
     def test_wrong_use_is_one_line(self, tmp_path, capsys):
         assert "give either --src" in fails(capsys, f"--out={tmp_path}")
@@ -186,7 +214,8 @@ class TestPublishedSizes:
             hlip_model.make(flat, {})
         model, _ = hlip_model.make(flat, {"image": {"rope": True}})
         assert model["image"]["variant"] == "ablate_rope_clip_vit_base_multiscan_h2_dinotxt1568"
-        model, _ = hlip_model.make(flat, {"image": {"levels": ["scan", "study"], "heads": 6}})
+        model, notes = hlip_model.make(flat, {"image": {"levels": ["scan", "study"], "heads": 6}})
+        assert "rope=False, keep_token_axis=True; else give" in notes[0]
         assert model["image"]["pool"] == "dinotxt" and model["image"]["img_size"] == (48, 224, 224)
         with pytest.raises(UserError, match=r"none of the published models with heads=7: give --levels"):
             hlip_model.make(flat, {"image": {"heads": 7}})
