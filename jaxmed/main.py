@@ -28,7 +28,7 @@ def main(argv) -> int:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; usage: {__doc__.splitlines()[0]}")
     if _CONFIG.value is None:
-        raise UserError("give a config: --config=configs/hlip.py:demo")
+        raise UserError("give a config, e.g. --config=configs/x.py:demo")
     join_cluster(_MULTIHOST.value)
     workdir = Path(_WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
     cache = str(workdir / "xla_cache") if _CACHE.value is None else _CACHE.value

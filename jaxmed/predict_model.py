@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmed.core import checkpoint, tree, weights
+from jaxmed.core import checkpoint, weights
 from jaxmed.core.config import Config
 from jaxmed.core.ema import with_ema
 from jaxmed.core.errors import UserError
@@ -88,9 +88,8 @@ def _ported(path: Path, value_range) -> Loaded:
     if "model" not in config:
         raise UserError(f"{path / 'model.json'}: it has no field 'model'; make it again with python -m jaxmed.port")
     objective, fields, abstract = _build(config, _recipe_of(config), value_range, f"{path}/model.json")
-    params = tree.unflatten(weights.read(path / weights.PARAMS))
-    checkpoint.compare(checkpoint.shapes(params), abstract, path / weights.PARAMS)
-    return _loaded(path, config, objective, fields, jax.tree.map(jnp.asarray, params))
+    params, _ = checkpoint.start_from(path, _here(abstract))
+    return _loaded(path, config, objective, fields, params)
 
 
 def _loaded(path: Path, config, objective, fields, params) -> Loaded:

@@ -428,28 +428,3 @@ class Model(nn.Module):
         if self.pool == "map":
             pooled = AttentionPool(self.heads, self.mlp_ratio, dtype=self.dtype, name="attn_pool")(patches, mask)
         return pooled[:, None] if self.keep_token_axis else pooled
-
-
-def flops(model: Model, shape: tuple[int, ...], *, train: bool = False) -> float:
-    """Floating-point operations of one forward pass over images of `shape` (b, s, d, h, w), padding included.
-
-    A multiply-add counts two; norms, softmax and other element-wise work are left out. `train`: with patch dropout.
-    """
-    e, hidden = model.width, int(model.width * model.mlp_ratio)
-    grid = [n // p for n, p in zip(shape[2:5], model.patch)]
-    sizes = Sizes(shape[0], shape[1], grid[0])
-    patches = int(np.prod(grid)) * sizes.groups("scan")
-    total = 2.0 * patches * int(np.prod(model.patch)) * model.channels * e
-    if train and model.patch_drop:
-        first = sizes.groups(model.levels[0])
-        patches = first * max(1, int(patches // first * (1.0 - model.patch_drop)))
-    for level in model.block_levels:
-        groups = sizes.groups(level)
-        n = patches / groups + model.prefix_tokens
-        total += groups * n * (2.0 * e * (4 * e + 2 * hidden) + 4.0 * n * e)
-    if model.pool == "map":
-        total += 2.0 * patches * e * 2 * e + sizes.b * 4.0 * e * (e + hidden)
-    if model.proj == "linear":
-        vectors = model.prefix_tokens if model.pool == "dinotxt" else 1
-        total += 2.0 * sizes.b * vectors * model.out_dim * e * (2 if model.pool == "dinotxt" else 1)
-    return total

@@ -98,15 +98,6 @@ def attend_with_weights(
     return _xla(q, k, v, None if mask is None else mask[:, None, :], add)
 
 
-def relevance(weights: Float[Array, "b a n n"], gradient: Float[Array, "b a n n"], prefix: int) -> Float[Array, "b m"]:
-    """How much each patch of the last block (at study level) speaks for what was differentiated.
-
-    R = I + mean over heads of max(gradient * weights, 0); the row of the class token, without prefix tokens.
-    Chefer et al. 2021, as the published heat maps use it.
-    """
-    return jnp.maximum(gradient * weights, 0.0).mean(1)[:, 0, prefix:]
-
-
 def _xla(q, k, v, keep, add=None):
     """Heads folded into the batch axis: three plain batched matrix products."""
     b, n, a, width = q.shape
