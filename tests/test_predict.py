@@ -167,7 +167,7 @@ def test_errors_are_one_line(run, scans, prompts, tmp_path, capsys):
     assert "unknown argument --heatmaps" in error(scans, "--heatmaps")
     assert "wrong-modality (4)" in error(scans, recipe="hlip_brain_mri", **{"recipe.modalities": "CT"})
     (tmp_path / "stray" / "model.json").write_text(json.dumps(config_of()))
-    assert "cannot be read" in error(ckpt=tmp_path / "stray", recipe="hlip_brain_mri")
+    assert "no checkpoint in" in error(ckpt=tmp_path / "stray", recipe="hlip_brain_mri")
     save_file({"image/x": np.zeros(1, np.float32)}, tmp_path / "stray" / "params.safetensors")
     assert "it has no parameter" in error(ckpt=tmp_path / "stray", recipe="hlip_brain_mri")
     assert "--recipe is missing" in error(ckpt=run_without_data(run, tmp_path))
