@@ -62,7 +62,8 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     log, ckpt = config.get("log", Config({})), config.get("ckpt", Config({}))
     log_every, save_every = log.get("every_steps", 50), ckpt.get("every_steps", 1000)
     tensorboard = log.get("tensorboard", False)
-    say(f"{len(mesh.devices.ravel())} x {mesh.devices.ravel()[0].device_kind}, mesh {dict(mesh.shape)}")
+    title = config.get("title", "jaxmed")
+    say(f"{title}: {len(mesh.devices.ravel())} x {mesh.devices.ravel()[0].device_kind}, mesh {dict(mesh.shape)}")
 
     # ---- Data. Every batch is a pure function of (plan, step): no iterator has a state.
     if "source" in config:

@@ -44,23 +44,30 @@ class Config:
     Attributes:
       size: in-plane pixels of every scan.
       depth: fewest and most slices of a scan, in steps of `depth_step`.
-      scans: fewest and most scans of a study.
+      scans: fewest and most scans of a study, each of another sequence.
+      sequences: those of `imaging.SEQUENCES` that are acquired.
+      planes: how often each of `imaging.PLANES` is, as shares of 1.
       step_mm, warp_mm: see `anatomy.head`.
       cover_mm, fov_mm: what the slices, and the pixels, span.
       noise: as a share of white matter's signal.
       lesion_scale: multiplies the radius of every lesion.
+      distractors: multiplies how often there is something else to see: atrophy, full sinuses, white matter spots, a
+        cyst, motion.
     """
 
     size: int = 40
     depth: tuple[int, int] = (8, 12)
     depth_step: int = 4
-    scans: tuple[int, int] = (2, 6)
+    scans: tuple[int, int] = (2, 5)
+    sequences: tuple[str, ...] = imaging.SEQUENCES
+    planes: tuple[float, float, float] = (0.8, 0.1, 0.1)
     step_mm: float = 4.0
     warp_mm: float = 4.0
     cover_mm: tuple[float, float] = (130.0, 150.0)
     fov_mm: tuple[float, float] = (185.0, 205.0)
-    noise: tuple[float, float] = (0.02, 0.06)
+    noise: tuple[float, float] = (0.01, 0.035)
     lesion_scale: float = 1.0
+    distractors: float = 1.0
 
 
 DEFAULT = Config()
@@ -79,7 +86,8 @@ class Finding:
 
 
 # Radius ranges in mm.
-_RADIUS = {"hemorrhage": (14, 24), "infarct": (20, 36), "mass": (14, 22), "metastases": (6.5, 10)}
+_OTHERS = np.array([0.3, 0.3, 0.2, 0.15])  # atrophy, full sinuses, spots, cyst
+_RADIUS = {"hemorrhage": (18, 28), "infarct": (26, 42), "mass": (17, 25), "metastases": (8, 12)}
 
 
 def draw_lesion(rng: np.random.Generator, head: anatomy.Head, kind: str, scale: float = 1.0) -> Finding:
@@ -89,7 +97,7 @@ def draw_lesion(rng: np.random.Generator, head: anatomy.Head, kind: str, scale: 
     side = ("left", "right")[int(rng.integers(2))]
     region = anatomy.REGIONS[int(rng.integers(len(anatomy.REGIONS)))]
     lo, hi = (scale * r for r in _RADIUS[kind])
-    count = int(rng.integers(4, 10)) if kind == "metastases" else 1
+    count = int(rng.integers(5, 10)) if kind == "metastases" else 1
     radii = rng.uniform(lo, hi, count)
     if kind == "metastases":
         for i, radius in enumerate(radii):
@@ -128,7 +136,7 @@ def subject(
     rng = np_rng(*seed)
     kind = CLASSES[int(rng.integers(len(CLASSES)))] if kind is None else kind
     # What has nothing to do with the lesion.
-    atrophic, swollen, spotted, cystic = (rng.random(4) < (0.3, 0.3, 0.25, 0.15)).tolist()
+    atrophic, swollen, spotted, cystic = (rng.random(4) < (0.3, 0.3, 0.15, 0.1)).tolist()
     head = anatomy.head(
         rng,
         step=cfg.step_mm,
@@ -146,16 +154,17 @@ def subject(
     finding = draw_lesion(rng, head, kind, cfg.lesion_scale)
     lesion = None if kind == "normal" else head.lesion_mask()
 
-    names = list(rng.permutation(imaging.SEQUENCES))[: int(rng.integers(cfg.scans[0], cfg.scans[1] + 1))]
+    count = int(rng.integers(cfg.scans[0], cfg.scans[1] + 1))
+    names = rng.permutation(cfg.sequences)[:count]
     values = np.stack([imaging.signals(rng, name) for name in names])
     volumes = imaging.material_volumes(head, values)
-    moved = rng.random() < 0.15
+    moved = rng.random() < 0.15 * cfg.distractors
     tilt = np.eye(4)
     tilt[:3, :3] = anatomy.rotation(rng.normal(0, 0.08, 3))  # the head's axes are not the scanner's
     scans = []
     for name, volume, signal in zip(names, volumes, values):
         depth = int(rng.integers(cfg.depth[0] // cfg.depth_step, cfg.depth[1] // cfg.depth_step + 1)) * cfg.depth_step
-        plane = imaging.PLANES[int(rng.choice(3, p=(0.7, 0.15, 0.15)))]
+        plane = imaging.PLANES[int(rng.choice(3, p=cfg.planes))]
         one = imaging.scan(
             rng,
             head,

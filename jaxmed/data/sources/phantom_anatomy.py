@@ -312,7 +312,7 @@ def add_hemorrhage(rng: np.random.Generator, head: Head, centre: Array, radius: 
     brain, edge = _brain(head, box), head.step / radius
     tissue = head.tissue[:3].sum(0)[box]  # blood pushes the CSF aside
     head.parts.append(Part("oedema", box, _inside(d, 1 + rng.uniform(3, 5) / radius, edge) * brain, core=False))
-    material = "old_clot" if rng.random() < 0.5 else "clot"
+    material = "old_clot" if rng.random() < 0.25 else "clot"
     head.parts.append(Part(material, box, _inside(d, 1, edge) * tissue))
 
 

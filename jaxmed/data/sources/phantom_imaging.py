@@ -19,13 +19,14 @@ Array = np.ndarray
 SEQUENCES = ("t1w", "t1c", "t2w", "flair", "pd", "ct")
 PLANES = ("axial", "sagittal", "coronal")
 
-# T1 (ms), T2 (ms), proton density, contrast uptake (1/s), Hounsfield units; rounded values for 1.5 tesla.
+# T1 (ms), T2 (ms), proton density, contrast uptake (1/s), Hounsfield units; rounded values for 1.5 tesla. Fat has the
+# long T2 that it seems to have in fast spin echo.
 MATERIALS: dict[str, tuple[float, float, float, float, float]] = {
     "grey": (1000, 95, 0.82, 0.05, 38),
     "white": (680, 78, 0.70, 0.03, 29),
     "csf": (4000, 1500, 1.00, 0.0, 6),
     "bone": (400, 6, 0.10, 0.0, 900),
-    "fat": (280, 70, 0.65, 0.0, -80),
+    "fat": (280, 180, 0.95, 0.0, -80),
     "muscle": (900, 45, 0.80, 0.3, 55),
     "fluid": (3500, 900, 1.00, 0.0, 8),
     "mucosa": (1500, 200, 0.90, 1.2, 30),
@@ -126,7 +127,7 @@ def spoil(
     """Adds coil sensitivity (MR), ghosts of a moving head, and noise of standard deviation `noise`."""
     image = clean
     if sequence != "ct":
-        image = image * np.exp(np.float32(0.18) * smooth_field(rng, clean.shape, 4))
+        image = image * np.exp(np.float32(0.12) * smooth_field(rng, clean.shape, 4))
     if motion:
         shift, share = int(rng.integers(3, 7)), np.float32(rng.uniform(0.25, 0.4))
         ghost = 0.5 * (np.roll(image, shift, 1) + np.roll(image, -shift, 1))
@@ -142,11 +143,11 @@ def store(rng: np.random.Generator, image: Float[Array, "d h w"], sequence: str)
     """
     if sequence == "ct":
         lo, hi = _BRAIN_WINDOW
-        lo, hi = lo + rng.normal(0, 5), hi * np.exp(rng.normal(0, 0.15))
+        lo, hi = lo + rng.normal(0, 3), hi * np.exp(rng.normal(0, 0.08))
         unit = np.clip((image - 1000 - lo) / (hi - lo), 0, 1)
     else:
         lo, hi = np.percentile(image[:, ::2, ::2], (0.5, 99.5))
-        unit = np.clip((image - lo) / max(hi - lo, 1e-8), 0, 1) ** np.float32(np.exp(rng.normal(0, 0.25)))
+        unit = np.clip((image - lo) / max(hi - lo, 1e-8), 0, 1) ** np.float32(np.exp(rng.normal(0, 0.08)))
     return (unit * 255).astype(np.uint8)
 
 
