@@ -30,6 +30,7 @@ class Evaluator:
         negative (findings that may occur together).
       token: which image token is compared, where there are several (0: sentences, -1: reports).
       vocab, lowercase, context: tokens of the prompts; as in training.
+      average: the classes that the macro AUC is the mean over [all].
       bootstrap: resamplings of the studies for the 95 % interval of the macro AUC.
       examples: studies to keep for the report, equally many of every class.
 
@@ -52,6 +53,7 @@ class Evaluator:
         vocab: str | None = None,
         lowercase: bool = True,
         context: int = 64,
+        average: Sequence[str] | None = None,
         bootstrap: int = 1000,
         examples: int = 10,
     ):
@@ -64,6 +66,10 @@ class Evaluator:
         self._predict, self._mesh, self._score, self._token = predict_fns, mesh, score, token
         self._outdir = Path(outdir) if features.writes(outdir) else None
         self._names = list(classes)
+        average = self._names if average is None else list(average)
+        if bad := [c for c in average if c not in classes]:
+            raise UserError(f"evals.average: {bad[0]!r} is not one of the classes {', '.join(classes)}")
+        self._average = [self._names.index(c) for c in average]
         self._input = {**input, "classes": self._names}
         self._stream = features.open_stream(self._input, mesh, ("image", "label"))
         self._tokenizer, self._context = Tokenizer(vocab, lowercase=lowercase), context
@@ -88,8 +94,9 @@ class Evaluator:
         else:
             values = np.stack([scores.pair_probability(logits, k + j, j) for j in range(k)], axis=1)
 
-        yield "auc_macro", scores.macro_auc(labels, values)
-        low, high = interval(labels, values, self._bootstrap)
+        averaged = labels[:, self._average], values[:, self._average]
+        yield "auc_macro", scores.macro_auc(*averaged)
+        low, high = interval(*averaged, self._bootstrap)
         yield "auc_macro_low", low
         yield "auc_macro_high", high
         for j, name in enumerate(self._names):
