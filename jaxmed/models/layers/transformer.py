@@ -12,7 +12,8 @@ from jaxmed.models.layers.attention import attend, attend_with_weights
 from jaxmed.models.layers.posemb import rotate
 
 # PyTorch's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations: a plain normal.
-KERNEL_INIT = nn.initializers.normal(0.02)
+INIT_STD = 0.02
+KERNEL_INIT = nn.initializers.normal(INIT_STD)
 
 
 def layer_norm(eps: float, dtype, name: str) -> nn.LayerNorm:
@@ -31,13 +32,14 @@ class Mlp(nn.Module):
 
     hidden: int
     dtype: Any = jnp.float32
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
-        width = x.shape[-1]
-        x = nn.Dense(self.hidden, kernel_init=KERNEL_INIT, dtype=self.dtype, name="fc1")(x)
+        width, init = x.shape[-1], nn.initializers.normal(self.init_std)
+        x = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="fc1")(x)
         x = nn.gelu(x, approximate=False)
-        return nn.Dense(width, kernel_init=KERNEL_INIT, dtype=self.dtype, name="fc2")(x)
+        return nn.Dense(width, kernel_init=init, dtype=self.dtype, name="fc2")(x)
 
 
 class Attention(nn.Module):
@@ -46,12 +48,14 @@ class Attention(nn.Module):
     heads: int
     impl: str = "xla"
     dtype: Any = jnp.float32
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n e"], *, mask=None, rotary=None, probe=None):
         """`rotary` = (cosine, sine) by token; with `probe` (added to the weights) also returns the weights."""
         b, n, width = x.shape
-        qkv = nn.Dense(3 * width, kernel_init=KERNEL_INIT, dtype=self.dtype, name="qkv")(x)
+        init = nn.initializers.normal(self.init_std)
+        qkv = nn.Dense(3 * width, kernel_init=init, dtype=self.dtype, name="qkv")(x)
         q, k, v = (
             constrain(y.reshape(b, n, self.heads, -1), "batch", None, "heads", None) for y in jnp.split(qkv, 3, axis=-1)
         )
@@ -62,7 +66,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask=mask, impl=self.impl)
         else:
             y, weights = attend_with_weights(q, k, v, mask=mask, add=probe)
-        y = nn.Dense(width, kernel_init=KERNEL_INIT, dtype=self.dtype, name="proj")(y.reshape(b, n, width))
+        y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="proj")(y.reshape(b, n, width))
         return (y, weights) if probe is not None else y
 
 
@@ -77,6 +81,7 @@ class Block(nn.Module):
     eps: float = 1e-6
     impl: str = "xla"
     dtype: Any = jnp.float32
+    init_std: float = INIT_STD
 
     @nn.compact
     def __call__(
@@ -91,9 +96,10 @@ class Block(nn.Module):
             return y if drop is None else y * drop[i][:, None, None].astype(y.dtype)
 
         y = layer_norm(self.eps, self.dtype, "norm1")(x)
-        y = Attention(self.heads, self.impl, self.dtype, name="attn")(y, mask=mask, rotary=rotary, probe=probe)
+        attention = Attention(self.heads, self.impl, self.dtype, self.init_std, name="attn")
+        y = attention(y, mask=mask, rotary=rotary, probe=probe)
         y, weights = y if probe is not None else (y, None)
         x = x + branch(y, 0)
         y = layer_norm(self.eps, self.dtype, "norm2")(x)
-        x = x + branch(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name="mlp")(y), 1)
+        x = x + branch(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, self.init_std, name="mlp")(y), 1)
         return (x, weights) if probe is not None else x
