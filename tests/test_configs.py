@@ -20,7 +20,9 @@ def get(name, arg=None):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_steps_of_every_config(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    summary = train.run(Config(get(name, "runlocal").to_dict()), tmp_path / "run", say=lambda line: None)
+    config = Config(get(name, "runlocal").to_dict())
+    assert config.get("report") in (None, "show")  # main reads it
+    summary = train.run(config, tmp_path / "run", say=lambda line: None)
     assert summary["steps"] == 2 and summary["finished"]
 
 

@@ -169,7 +169,7 @@ def test_errors_are_one_line(run, scans, prompts, tmp_path, capsys):
     (tmp_path / "stray" / "model.json").write_text(json.dumps(config_of()))
     assert "no checkpoint in" in error(ckpt=tmp_path / "stray", recipe="hlip_brain_mri")
     save_file({"image/x": np.zeros(1, np.float32)}, tmp_path / "stray" / "params.safetensors")
-    assert "it has no parameter" in error(ckpt=tmp_path / "stray", recipe="hlip_brain_mri")
+    assert "its tensors have other names" in error(ckpt=tmp_path / "stray", recipe="hlip_brain_mri")
     assert "--recipe is missing" in error(ckpt=run_without_data(run, tmp_path))
 
 

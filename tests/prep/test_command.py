@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -49,9 +48,9 @@ def studies(folder: Path, count: int, **kwargs) -> Path:
 
 def command(*args, limit: int | None = None, **kwargs) -> subprocess.CompletedProcess:
     """The command in a process of its own; `limit` is the size that no file may exceed (a disk that is full)."""
-    small = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    line = [sys.executable, "-m", "jaxmed.prep", *map(str, args)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, preexec_fn=small, timeout=120, **kwargs)
+    small = [] if limit is None else ["bash", "-c", f'ulimit -f {limit // 1024} && exec "$@"', "-"]
+    line = [*small, sys.executable, "-m", "jaxmed.prep", *map(str, args)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
 
 
 def content(out: Path) -> dict[str, str]:
