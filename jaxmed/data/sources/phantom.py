@@ -85,8 +85,8 @@ class Finding:
     ml: float = 0.0
 
 
+_OTHERS = np.array([0.3, 0.3, 0.2, 0.15])  # how often: atrophy, full sinuses, spots, cyst
 # Radius ranges in mm.
-_OTHERS = np.array([0.3, 0.3, 0.2, 0.15])  # atrophy, full sinuses, spots, cyst
 _RADIUS = {"hemorrhage": (18, 28), "infarct": (26, 42), "mass": (17, 25), "metastases": (8, 12)}
 
 
@@ -136,7 +136,7 @@ def subject(
     rng = np_rng(*seed)
     kind = CLASSES[int(rng.integers(len(CLASSES)))] if kind is None else kind
     # What has nothing to do with the lesion.
-    atrophic, swollen, spotted, cystic = (rng.random(4) < (0.3, 0.3, 0.15, 0.1)).tolist()
+    atrophic, swollen, spotted, cystic = (rng.random(4) < cfg.distractors * _OTHERS).tolist()
     head = anatomy.head(
         rng,
         step=cfg.step_mm,
