@@ -75,8 +75,9 @@ def run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # at once: tasks that orbax left behind would print pages about a damaged checkpoint
 
 
 if __name__ == "__main__":
