@@ -90,13 +90,13 @@ def small(runlocal):
     c = ConfigDict()
     c.title = "HLIP on phantoms (synthetic)"
     c.seed = 0
-    c.total_steps = 2 if runlocal else 800
+    c.total_steps = 2 if runlocal else 900
 
     folder = "runs/phantom_runlocal" if runlocal else "runs/phantom"
-    c.source = dict(name="phantom", dir=folder, train=32 if runlocal else 2000, test=16 if runlocal else 200)
+    c.source = dict(name="phantom", dir=folder, train=32 if runlocal else 2400, test=16 if runlocal else 200)
     # Three thick-slice sequences, all axial, so that it learns in minutes; the phantom can do more (its Config).
-    c.source.update(sequences=("flair", "t1c", "ct"), planes=(1.0, 0.0, 0.0), scans=(2, 3), size=32, depth=(8, 8))
-    c.source.update(lesion_scale=1.3, noise=(0.01, 0.03), distractors=0.6, step_mm=5.0)
+    c.source.update(sequences=("flair", "t1c", "ct"), planes=(1.0, 0.0, 0.0), scans=(3, 3), size=32, depth=(8, 8))
+    c.source.update(lesion_scale=1.4, noise=(0.01, 0.03), distractors=0.4, step_mm=5.0)
 
     buckets = dict(scans=(3,), depth=(8,))
     c.input = dict(dir=folder, split="train", batch_size=8 if runlocal else 32, buckets=buckets)
@@ -104,12 +104,12 @@ def small(runlocal):
 
     c.objective = dict(name="clip", loss="clip", false_negatives="ignore")
     image = dict(name="hlip", img_size=(8, 32, 32), patch=(4, 8, 8), width=96, heads=3, depth=3, out_dim=96)
-    image.update(levels=("slice", "scan", "study"), pool="dinotxt", posemb_init="1d2d", init_std=0.08)
+    image.update(levels=("scan", "scan", "study"), pool="dinotxt", posemb_init="1d2d", init_std=0.08)
     text = dict(name="bert", width=96, depth=2, heads=3, mlp_width=384, max_positions=96, vocab_size=30522, out_dim=96)
     text.update(pooler="mean")
     c.model = dict(name="two_towers", image=image, text=text)
 
-    c.schedule = dict(name="cosine", lr=1.2e-3, warmup_steps=1 if runlocal else 50)
+    c.schedule = dict(name="cosine", lr=1e-3, warmup_steps=1 if runlocal else 50)
     c.optim = dict(name="adamw", b2=0.98, eps=1e-6, weight_decay=0.05, clip_norm=1.0)
     c.optim.no_decay = ("(^|/)(bias|scale)$", "^logit_")
     c.ckpt = dict(every_steps=500, keep=2)
