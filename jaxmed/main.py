@@ -5,6 +5,7 @@ The same command again goes on where the last one stopped. On a TPU pod, SLURM o
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,8 +30,11 @@ def main(argv) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; usage: {__doc__.splitlines()[0]}")
     if _CONFIG.value is None:
         raise UserError("give a config, e.g. --config=configs/x.py:demo")
+    config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    if not config_file.is_file():
+        raise UserError(f"--config={config_file}: there is no such file")
     join_cluster(_MULTIHOST.value)
-    workdir = Path(_WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem)
+    workdir = Path(_WORKDIR.value or Path("runs") / config_file.stem)
     cache = str(workdir / "xla_cache") if _CACHE.value is None else _CACHE.value
     if cache:
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -67,7 +71,22 @@ def parse_flags(argv) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(" ".join(str(e).replace("\\n", " ").split())) from None
+        raise UserError(_one_line(e, argv)) from None
+
+
+def _one_line(error: Exception, argv) -> str:
+    kind = type(error)
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = str(error.args[0] if error.args else error)  # str() of a KeyError would be a repr
+    text = " ".join(text.replace("\\n", " ").split())
+    text = re.sub(r"Error whilst parsing config file: Traceback .*\bValueError: ", "", text)
+    if issubclass(kind, AttributeError | KeyError) and (key := re.match(r"'?(\w+)'?", text)):
+        # ml_collections names the field that is missing, not where.
+        paths = (arg.partition("=")[0] for arg in argv)
+        where = next((p for p in paths if key[1] in p.split(".")[1:]), "--config")
+        return f"{where}: the config has no field {key[1]!r}.{text[key.end() :]}"
+    return text
 
 
 def run() -> None:

@@ -32,7 +32,7 @@ from jaxmed.data.sources import phantom_anatomy as anatomy
 from jaxmed.data.sources import phantom_imaging as imaging
 from jaxmed.data.sources import phantom_words as words
 
-VERSION = 1  # of what is drawn; part of the recipe, so that old folders are made again
+VERSION = 2  # of what is drawn; part of the recipe, so that old folders are made again
 CLASSES = ("normal", *anatomy.LESIONS)
 SPLITS = ("train", "val", "test")
 
@@ -50,6 +50,7 @@ class Config:
       step_mm, warp_mm: see `anatomy.head`.
       cover_mm, fov_mm: what the slices, and the pixels, span.
       noise: as a share of white matter's signal.
+      grey: how much the grey values of scanners differ: spread of the logarithm of an MR's gamma and of a CT's window.
       lesion_scale: multiplies the radius of every lesion.
       distractors: multiplies how often there is something else to see: atrophy, full sinuses, white matter spots, a
         cyst, motion.
@@ -66,6 +67,7 @@ class Config:
     cover_mm: tuple[float, float] = (130.0, 150.0)
     fov_mm: tuple[float, float] = (185.0, 205.0)
     noise: tuple[float, float] = (0.01, 0.035)
+    grey: float = 0.08
     lesion_scale: float = 1.0
     distractors: float = 1.0
 
@@ -177,6 +179,7 @@ def subject(
             cover_mm=cfg.cover_mm,
             fov_mm=cfg.fov_mm,
             noise=cfg.noise,
+            grey=cfg.grey,
             motion=moved and rng.random() < 0.7,
             raw=raw,
         )

@@ -136,18 +136,20 @@ def spoil(
     return noisy if sequence == "ct" else np.abs(noisy)
 
 
-def store(rng: np.random.Generator, image: Float[Array, "d h w"], sequence: str) -> UInt8[Array, "d h w"]:
+def store(
+    rng: np.random.Generator, image: Float[Array, "d h w"], sequence: str, grey: float
+) -> UInt8[Array, "d h w"]:
     """To uint8 as the brain recipe stores scans: clip to the 0.5 and 99.5 percentiles (CT: to a window), min-max.
 
-    Before that an unknown gamma (MR) or window (CT), so that absolute grey values mean little.
+    Before that an unknown gamma (MR) or window (CT) of spread `grey`, so that absolute grey values mean little.
     """
     if sequence == "ct":
         lo, hi = _BRAIN_WINDOW
-        lo, hi = lo + rng.normal(0, 3), hi * np.exp(rng.normal(0, 0.08))
+        lo, hi = lo + rng.normal(0, 40 * grey), hi * np.exp(rng.normal(0, grey))
         unit = np.clip((image - 1000 - lo) / (hi - lo), 0, 1)
     else:
         lo, hi = np.percentile(image[:, ::2, ::2], (0.5, 99.5))
-        unit = np.clip((image - lo) / max(hi - lo, 1e-8), 0, 1) ** np.float32(np.exp(rng.normal(0, 0.08)))
+        unit = np.clip((image - lo) / max(hi - lo, 1e-8), 0, 1) ** np.float32(np.exp(rng.normal(0, grey)))
     return (unit * 255).astype(np.uint8)
 
 
@@ -175,6 +177,7 @@ def scan(
     cover_mm: tuple[float, float],
     fov_mm: tuple[float, float],
     noise: tuple[float, float],
+    grey: float,
     motion: bool,
     raw: bool = False,
 ) -> dict[str, Any]:
@@ -184,6 +187,7 @@ def scan(
       volume: its signal on the head's grid, and `values` the signal of the materials.
       lesion: mask on the head's grid, kept in meta as run lengths (`data.masks`); never part of the voxels.
       noise: range of the noise, as a share of white matter's signal (CT: of 29 HU).
+      grey: see `store`.
       raw: voxels as a scanner gives them, int16 (CT in HU), instead of `store`d ones.
     """
     affine, spacing, pixel = geometry(rng, plane, shape[0], shape[1], cover_mm, fov_mm)
@@ -201,5 +205,5 @@ def scan(
     if raw:
         voxels = np.rint(image - 1000 if sequence == "ct" else image * 2000).astype(np.int16)
     else:
-        voxels = store(rng, image, sequence)
+        voxels = store(rng, image, sequence, grey)
     return {"voxels": voxels, "affine": affine, "name": sequence, "meta": meta}
