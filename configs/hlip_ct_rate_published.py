@@ -1,7 +1,10 @@
 """HLIP on CT-RATE as it was published: chest CT, one reconstruction per study, text tower locked.
 
 System      as hlip.py. Source: the main branch of the original repository (HLIP spec, sections 2, 5 and 6).
-Command     python -m jaxmed.prep CT-RATE ... --recipe=hlip_chest_ct_published --out=shards/ct_rate
+Command     python -m jaxmed.prep dataset/train --manifest=train_reports.csv --manifest=train_metadata.csv \\
+              --labels=train_predicted_labels.csv --report=ct_rate_raw --patient='train_\\d+' \\
+              --split=train=1.0 --recipe=hlip_chest_ct_published --out=shards/ct_rate
+            (the recipe leaves out the three reconstructions that the reference drops by name)
             python -m jaxmed.main --config=configs/hlip_ct_rate_published.py --config.input.dir=shards/ct_rate
             variant=siglip_vit_base_singlescan_h2_token2744 is the SigLIP form.
 Data        24,128 training studies (47,149 reconstructions, one drawn per study and epoch); gated on its hub.

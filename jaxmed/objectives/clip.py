@@ -162,14 +162,14 @@ def dual_loss(
 
 
 def same_text(ids: Int[Array, "b t"]) -> UInt[Array, "b 2"]:
-    """Two 32-bit hashes per row of token ids: equal rows, and (but for a chance of 2^-64) only they, agree in both."""
-    t = ids.shape[1]
+    """Two 32-bit hashes per row of token ids. Rows with the same tokens in whatever order agree in both, as reports do
+    whose sentences were shuffled; others do not, but for a chance of 2^-64."""
     result = []
     for multiplier in (0x9E3779B1, 0x85EBCA6B):
-        power = jnp.cumprod(jnp.full((t,), multiplier, jnp.uint32))  # modulo 2^32, the multiplier is odd
         mixed = (ids.astype(jnp.uint32) + jnp.uint32(1)) * jnp.uint32(0xC2B2AE35)
         mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(multiplier)
-        result.append(((mixed ^ (mixed >> 13)) * power[None, :]).sum(1, dtype=jnp.uint32))
+        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0x27D4EB2F)
+        result.append((mixed ^ (mixed >> 16)).sum(1, dtype=jnp.uint32))
     return jnp.stack(result, axis=1)
 
 
@@ -239,7 +239,8 @@ def build(
         sentence of the report) or "dual" (both CLIPs, each with its own image token; `logit_bias` is the second
         log-scale).
       chunk_rows: 0, or how many rows of the b x b logits exist at once.
-      false_negatives: "keep", or "ignore": studies whose texts are equal, token by token, do not repel each other.
+      false_negatives: "keep", or "ignore": studies whose texts are equal, whatever the order of sentences, do not
+        repel each other.
       clamp_bias: clamp SigLIP's bias to [0, ln 100] like a log-scale, as one published branch does by mistake. (Log-
         scales are always clamped, the second one of "dual" too.)
       legacy_scale_grad: with accumulation, multiply the gradient of `logit_scale` and `logit_bias` by this number, as
