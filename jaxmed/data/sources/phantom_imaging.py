@@ -136,9 +136,7 @@ def spoil(
     return noisy if sequence == "ct" else np.abs(noisy)
 
 
-def store(
-    rng: np.random.Generator, image: Float[Array, "d h w"], sequence: str, grey: float
-) -> UInt8[Array, "d h w"]:
+def store(rng: np.random.Generator, image: Float[Array, "d h w"], sequence: str, grey: float) -> UInt8[Array, "d h w"]:
     """To uint8 as the brain recipe stores scans: clip to the 0.5 and 99.5 percentiles (CT: to a window), min-max.
 
     Before that an unknown gamma (MR) or window (CT) of spread `grey`, so that absolute grey values mean little.
