@@ -92,13 +92,13 @@ def small(runlocal):
     c = ConfigDict()
     c.title = "HLIP on phantoms (synthetic)"
     c.seed = 0
-    c.total_steps = 2 if runlocal else 900
+    c.total_steps = 2 if runlocal else 1200
 
     folder = "runs/phantom_runlocal" if runlocal else "runs/phantom"
-    c.source = dict(name="phantom", dir=folder, train=32 if runlocal else 2400, test=16 if runlocal else 200)
+    c.source = dict(name="phantom", dir=folder, train=32 if runlocal else 3000, test=16 if runlocal else 200)
     # Three thick-slice sequences, all axial, so that it learns in minutes; the phantom can do more (its Config).
     c.source.update(sequences=("flair", "t1c", "ct"), planes=(1.0, 0.0, 0.0), scans=(3, 3), size=32, depth=(8, 8))
-    c.source.update(lesion_scale=1.4, noise=(0.01, 0.03), grey=0.2, distractors=0.4, step_mm=5.0)
+    c.source.update(lesion_scale=1.4, noise=(0.01, 0.03), grey=0.15, distractors=0.4, step_mm=5.0)
 
     buckets = dict(scans=(3,), depth=(8,))
     c.input = dict(dir=folder, split="train", batch_size=8 if runlocal else 32, buckets=buckets)

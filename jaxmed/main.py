@@ -30,7 +30,7 @@ def main(argv) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; usage: {__doc__.splitlines()[0]}")
     if _CONFIG.value is None:
         raise UserError("give a config, e.g. --config=configs/x.py:demo")
-    config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    config_file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     if not config_file.is_file():
         raise UserError(f"--config={config_file}: there is no such file")
     join_cluster(_MULTIHOST.value)
