@@ -32,7 +32,7 @@ def thresholds(labels: Num[Array, "n k"], values: Float[Array, "n k"], names: Se
     for name, y in zip(names, labels.T):
         if not (y > 0.5).any() or not (y <= 0.5).any():
             raise UserError(
-                f"--threshold-split={split}: all known labels of {name!r} there are the same, which gives no threshold; "
+                f"--threshold-split={split}: all known labels of {name!r} there are the same: no threshold; "
                 "choose another split, or leave this class out with --classes"
             )
     return np.array([scores.threshold_nearest(y, v) for y, v in zip(labels.T, values.T)])
