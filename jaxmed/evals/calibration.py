@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Num
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, logit, xlogy
+from scipy.special import expit, log_expit, log_softmax, logit
 from sklearn.metrics import brier_score_loss
 
 from jaxmed.evals import scores
@@ -42,8 +42,13 @@ def multiclass(labels: Num[Array, "n"], probabilities: Float[Array, "n k"]) -> d
 
 def cool(probabilities: Float[Array, "n k"], temperature: float, *, exclusive: bool) -> Float[Array, "n k"]:
     """The probabilities that logits divided by `temperature` give: of a softmax if `exclusive`, else of each column."""
+    z = _logits(probabilities, exclusive) / temperature
+    return scores.softmax(z) if exclusive else expit(z)
+
+
+def _logits(probabilities, exclusive: bool) -> Array:
     p = np.clip(probabilities.astype(np.float64), _SMALL, 1 - _SMALL)
-    return scores.softmax(np.log(p) / temperature) if exclusive else expit(logit(p) / temperature)
+    return np.log(p) if exclusive else logit(p)
 
 
 def fit_temperature(labels: Num[Array, "n k"], probabilities: Float[Array, "n k"], *, exclusive: bool) -> float:
@@ -55,9 +60,12 @@ def fit_temperature(labels: Num[Array, "n k"], probabilities: Float[Array, "n k"
     known = ~np.isnan(labels)
     positive = np.where(known, labels, 0) > 0.5
 
+    logits = _logits(probabilities, exclusive)
+
     def loss(log_temperature: float) -> float:
-        p = cool(probabilities, np.exp(log_temperature), exclusive=exclusive)
-        terms = xlogy(positive, p) if exclusive else xlogy(positive, p) + xlogy(~positive, 1 - p)
-        return -float(terms[known].mean())
+        z = logits / np.exp(log_temperature)
+        if exclusive:
+            return -float(log_softmax(z, axis=1)[positive].mean())
+        return -float(log_expit(np.where(positive, z, -z))[known].mean())
 
     return float(np.exp(minimize_scalar(loss, bounds=np.log((0.01, 100)), method="bounded").x))

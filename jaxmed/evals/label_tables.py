@@ -206,11 +206,12 @@ def _headers(place: str) -> list[Row]:
     tags = ["SOPInstanceUID", "StudyInstanceUID", "PatientID"]
     rows = []
     for path in sorted(p for p in Path(place).rglob("*") if p.is_file()):
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-        except (pydicom.errors.InvalidDicomError, OSError):
-            continue
-        rows.append({t: str(header.get(t, "")) for t in tags})
+        with pydicom.config.disable_value_validation():  # their identifiers, such as ID_12cadc6af, are no UIDs
+            try:
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            except (pydicom.errors.InvalidDicomError, OSError):
+                continue
+            rows.append({t: str(header.get(t, "")) for t in tags})
     if not rows:
         raise UserError(f"--join={place}: there is no DICOM file")
     return rows

@@ -196,7 +196,7 @@ def knn(
             cosine = np.take_along_axis(cosine, near, axis=1)
             votes = scores.softmax(cosine / VOTE_TEMPERATURE)
             result[part, column] = np.einsum("mn,mnk->mk", votes, labels[rows][:, column][near] > 0.5)
-    return result
+    return np.clip(result, 0, 1)  # weights add up to 1 but for rounding
 
 
 def _same_rows(known: Array):
