@@ -150,7 +150,7 @@ def _plain(x: Any) -> Any:
 
 
 def _cell(x: np.number) -> str:
-    return "" if np.isnan(x) else f"{x:.6g}"
+    return "" if np.isnan(x) else f"{x:.9g}"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -93,7 +93,7 @@ def zeroshot(embedder: Embedder, o: Options) -> Answer:
     def score(split: str):
         got = embedder.images(split)
         image, scale = features.of_token(got, token)
-        logits = scores.zero_shot_logits(image, classifier, scale)
+        logits = scores.zero_shot_logits(image.astype(np.float64), classifier, scale)
         return got["id"], labelled.of(got["id"], split), asked.merged(asked.values(logits, scale))
 
     ids, labels, values = score(o.split)

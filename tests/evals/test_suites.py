@@ -1,6 +1,7 @@
 """Suites as the spec lists them, tables of labels as they are published, intervals that cover, probes that learn."""
 
 import csv
+import importlib
 
 import numpy as np
 import pydicom
@@ -109,6 +110,31 @@ def test_a_training_config_may_name_a_suite(tmp_path):
     assert {f"auc/{n}" for n in names} < set(values) and set(values["auc/" + n] for n in names) <= {0.0, 1.0}
     with np.load(tmp_path / "out" / "step-00000000.npz") as saved:
         assert saved["scores"].shape == (4, 14)
+
+
+@pytest.mark.parametrize(
+    "name, arg, suite",
+    [
+        ("hlip_ct_rate_published", "", "ct_rate"),
+        ("hlip_brain_published", "", "pub_brain_5_templates"),
+        ("hlip_brain_published", "run=original,", "pub_brain_5"),
+        ("hlip_brain_published", "run=ct,", "rsna_templates"),
+    ],
+)
+def test_published_configs_are_evaluated_on_suites(name, arg, suite, tmp_path):
+    """With eval=FOLDER; and the evaluator takes what they say."""
+    make = importlib.import_module(f"configs.{name}").get_config
+    assert not make(arg.rstrip(",")).evals
+    with shards.ShardWriter(tmp_path, 0) as writer:
+        scan = {"voxels": np.ones((48, 8, 8), np.uint8), "affine": np.eye(4), "name": "ct", "meta": {}}
+        writer.add(
+            {"key": "k", "scans": [scan], "labels": dict.fromkeys(suites.get(suite).classes, 1.0), "split": "test"}
+        )
+    shards.finish(tmp_path, "toy", {"value_range": [0, 255]})
+    section = make(f"{arg}eval={tmp_path}").evals.zeroshot.to_dict()
+    assert section.pop("type") == "zeroshot" and section.pop("every_steps") and section["suite"] == suite
+    section["input"]["batch_size"] = 8
+    zeroshot.Evaluator({}, mesh=sharding.make_mesh(), **section)
 
 
 # Tables of labels.
