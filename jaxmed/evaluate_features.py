@@ -102,7 +102,7 @@ class Embedder:
         input = dict(dir=self._data, split=split, buckets=buckets, batch_size=rows)
         with jax.set_mesh(self._mesh):
             stream = features.open_stream(input, self._mesh, ("image",))
-            got = features.embed_tokens(self._predict, stream, self._mesh, self._state)
+            got = features.embed_tokens(self._predict, stream, self._mesh, self._state, progress=f"images of {split}")
         order = np.argsort(got["_id"])
         image = got["image"][order].astype(np.float32)
         bad = ~np.isfinite(image).reshape(len(image), -1).all(1)

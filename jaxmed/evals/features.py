@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+from tqdm import tqdm
 
 from jaxmed.core import sharding
 from jaxmed.core.load import load
@@ -33,11 +34,14 @@ def open_dataset(input: Mapping[str, Any]) -> shards.Dataset:
     return load("data.sources", source).open_dataset(input["dir"], **(input.get("source_options") or {}))
 
 
-def embed_tokens(predict_fns, stream: pipeline.Stream, mesh, train_state, extra: Sequence[str] = ()):
+def embed_tokens(
+    predict_fns, stream: pipeline.Stream, mesh, train_state, extra: Sequence[str] = (), *, progress: str = ""
+):
     """All studies of a stream, padding rows left out.
 
     Args:
       extra: keys of the batch to return beside the features.
+      progress: title of a progress bar, shown if it takes more than a few seconds; "" for none.
 
     Returns:
       {"image": (n, z) or (n, p, z) float32, "_id": (n,), `extra`, "scale" and perhaps "scale_report": (), exp of the
@@ -45,7 +49,9 @@ def embed_tokens(predict_fns, stream: pipeline.Stream, mesh, train_state, extra:
     """
     rows: dict[str, list[Array]] = {}
     scales: dict[str, Array] = {}
-    for bucket, local in stream.batches(0, stream.steps_per_epoch):
+    quiet = not progress or jax.process_index() != 0
+    batches = stream.batches(0, stream.steps_per_epoch)
+    for bucket, local in tqdm(batches, progress, stream.steps_per_epoch, unit="batch", delay=5, disable=quiet):
         batch = sharding.put_batch(local, mesh, stream.spec[bucket]["_mask"].shape[0])
         out = predict_fns["embed_image"](train_state, {k: batch[k] for k in IMAGE_KEYS if k in batch})
         got = sharding.gather({"image": out["image"], **{k: batch[k] for k in ("_mask", "_id", *extra)}})

@@ -14,6 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from jaxmed.core.errors import UserError
 from jaxmed.core.rng import np_rng
@@ -54,7 +55,7 @@ def fit(
     patients: Shaped[Array, "n"],
     exclusive: bool,
     strengths: Sequence[float] = STRENGTHS,
-    folds: int = 5,
+    folds: int = 3,
     seed: int = 0,
 ) -> Probe:
     """Fits on standardised features.
@@ -68,7 +69,7 @@ def fit(
     """
     models, chosen, ended = [], [], []
     with threadpool_limits(1):  # small matrices: more threads only wait for each other
-        for rows, y in _targets(labels, names, exclusive):
+        for rows, y in tqdm(list(_targets(labels, names, exclusive)), "probe", unit="model", delay=5):
             inputs, groups = x[rows], patients[rows]
             splits = _splits(inputs, y, groups, names, folds, seed)
             losses = [_held_out_loss(inputs, y, splits, c) for c in strengths] if len(strengths) > 1 else [0.0]
