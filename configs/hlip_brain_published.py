@@ -5,6 +5,8 @@ Command     python -m jaxmed.main --config=configs/hlip_brain_published.py:run=m
 Runs        mri (384 studies a step), ct (256), mri_ct (768), finetune (768, unmasked, on cleaned reports: give
             --config.init_from), original (256; its warm-up and patch dropout are not known: 2,000 steps and 0 here).
             variant=NAME selects another model of jaxmed/models/hlip.py; its heads must fit the run's loss.
+            eval=shards/test evaluates zero-shot every 1,000 steps, on shards of Pub-Brain-5 (run=ct: of RSNA) with
+            labels (python -m jaxmed.evaluate suites pub_brain_5 says how to make them).
 Data        shards of python -m jaxmed.prep --recipe=hlip_brain_mri or hlip_head_ct; the cohorts (220,000 MRI and
             240,000 CT studies) are private.
 Hardware    as published, 8 GPUs; the accumulation is theirs.
@@ -34,7 +36,7 @@ RUNS = {
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, runlocal=False, run="mri", variant="")
+    arg = parse_arg(arg, runlocal=False, run="mri", variant="", eval="")
     if arg["run"] not in RUNS:
         raise ValueError(f"run={arg['run']!r} is not one of {', '.join(RUNS)}")
     run, original = RUNS[arg["run"]], arg["run"] == "original"
@@ -74,6 +76,11 @@ def get_config(arg=None):
     c.ckpt = dict(every_steps=1000, keep=2)
     c.log = dict(every_steps=20, tensorboard=False)
     c.evals = dict()
+    if arg["eval"]:
+        suite = {"ct": "rsna_templates", "original": "pub_brain_5"}.get(arg["run"], "pub_brain_5_templates")
+        held_out = dict(dir=arg["eval"], split="test", batch_size=32, too_deep="center")
+        held_out["buckets"] = dict(scans=(1, 2, 4, 8, 16), depth=(48, 144))
+        c.evals.zeroshot = dict(type="zeroshot", suite=suite, every_steps=1000, input=held_out)
     c.report = "show"
     if arg["runlocal"]:
         runlocal(c, grid=(6 if "1568" in variant else 8, 16, 16))

@@ -6,6 +6,8 @@ Command     python -m jaxmed.prep dataset/train --manifest=train_reports.csv --m
               --split=train=1.0 --recipe=hlip_chest_ct_published --out=shards/ct_rate
             (the recipe leaves out the three reconstructions that the reference drops by name)
             python -m jaxmed.main --config=configs/hlip_ct_rate_published.py --config.input.dir=shards/ct_rate
+            eval=shards/ct_rate_valid evaluates zero-shot after every epoch, on shards with labels (python -m
+            jaxmed.evaluate suites ct_rate says how to make them).
             variant=siglip_vit_base_singlescan_h2_token2744 is the SigLIP form.
 Data        24,128 training studies (47,149 reconstructions, one drawn per study and epoch); gated on its hub.
 Hardware    published: 4 x A40, 16 studies each, about 6 hours for 20 epochs.
@@ -24,7 +26,7 @@ from configs.common import parse_arg
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, runlocal=False, patch_drop=0.0, variant="clip_vit_base_singlescan_h2_token2744")
+    arg = parse_arg(arg, runlocal=False, patch_drop=0.0, variant="clip_vit_base_singlescan_h2_token2744", eval="")
     siglip = arg["variant"].startswith("siglip")
     c = ConfigDict()
     c.title = "HLIP, published CT-RATE run"
@@ -55,6 +57,9 @@ def get_config(arg=None):
     c.ckpt = dict(every_steps=377, keep=2)
     c.log = dict(every_steps=20, tensorboard=False)
     c.evals = dict()
+    if arg["eval"]:
+        held_out = dict(dir=arg["eval"], split="test", batch_size=32, buckets=c.input.buckets, too_deep="center")
+        c.evals.zeroshot = dict(type="zeroshot", suite="ct_rate", every_steps=377, input=held_out)
     c.report = "show"
     if arg["runlocal"]:
         runlocal(c)

@@ -37,6 +37,7 @@ from jaxmed.core.tree import params_sha256
 from jaxmed.data import ops
 from jaxmed.data.shards import write_file
 from jaxmed.evals import relevance
+from jaxmed.evals.prompts import Prompts
 from jaxmed.predict_studies import Study
 from jaxmed.prep import recipes
 from jaxmed.prep.convert import where
@@ -230,6 +231,7 @@ def predict(
     ckpt: str,
     task: str,
     prompts: str | None = None,
+    suite: str | None = None,
     vocab: str | None = None,
     recipe: str | None = None,
     recipe_options: Sequence[tuple[str, str]] = (),
@@ -249,7 +251,7 @@ def predict(
       sources, manifest, study, paths, salt_file: as for `prep.run.prepare`.
       recipe: of prep, with options; None = that of the training.
       ckpt: see `predict_model.load_model`.
-      prompts: see `predict_prompts.find`; vocab: of the text tower, None = that of the training.
+      prompts, suite: see `predict_prompts.find`; vocab: of the text tower, None = that of the training.
       target: class of the heat maps, None = the most likely of each study.
       batch: studies per call of the model.
       workers: processes that read; 0 = this one.
@@ -266,8 +268,8 @@ def predict(
             raise UserError(f"--out={out}: lies inside the source {given}; choose a folder outside of the scans")
     if task not in TASKS:
         raise UserError(f"--task={task}: choose one of {', '.join(TASKS)}")
-    if task == "embed" and (heatmap or prompts or target):
-        flag = "--heatmap" if heatmap else "--prompts" if prompts else "--target"
+    if task == "embed" and (heatmap or prompts or suite or target):
+        flag = "--heatmap" if heatmap else "--prompts" if prompts else "--suite" if suite else "--target"
         raise UserError(f"{flag} needs --task=zeroshot: it is about a class")
     if target is not None and not heatmap:
         raise UserError("--target names the class of the heat maps: it needs --heatmap")
@@ -279,7 +281,7 @@ def predict(
 
     asked, classifier, names = None, None, ()
     if task == "zeroshot":
-        asked = predict_prompts.find(prompts, loaded.zeroshot, loaded.text.get("prefix", ""))
+        asked = predict_prompts.find(prompts, suite, loaded.zeroshot, loaded.text.get("prefix", ""))
         names = asked.names
         if target is not None and target not in names:
             raise UserError(f"--target={target}: there is no such class; choose one of {', '.join(names)}")
@@ -339,7 +341,7 @@ def predict(
     return report
 
 
-def _classifier(loaded, asked: predict_prompts.Prompts, vocab: str | None) -> np.ndarray:
+def _classifier(loaded, asked: Prompts, vocab: str | None) -> np.ndarray:
     text = load("models", loaded.model["name"]).make_tower("text", loaded.model["text"])
     tokenizer = predict_prompts.tokenizer(loaded.text, vocab, text.vocab_size)
     embed = jax.jit(lambda params, ids: loaded.predict_fns["embed_text"](params, {}, {"text": ids})["text"])
@@ -397,6 +399,7 @@ def _main(argv: list[str]) -> int:
     add("--task", required=True, help=f"one of {', '.join(TASKS)}")
     add("--out", required=True, metavar="DIR")
     add("--prompts", metavar="FILE", help="JSON, see below (default: those that the run was evaluated with)")
+    add("--suite", metavar="NAME", help="built-in prompts instead, see python -m jaxmed.evaluate suites")
     add("--vocab", metavar="FILE", help="of the text tower (default: that of the training)")
     add("--recipe", metavar="NAME", help="of python -m jaxmed.prep (default: that of the training data)")
     add("--heatmap", action="store_true", help="which voxels spoke for the class")

@@ -171,10 +171,19 @@ def bucket_of(scans: Sequence[Mapping[str, Any]], patch: Sequence[int]) -> Bucke
     if deepest < patch[0] or planes[0][0] < patch[1] or planes[0][1] < patch[2]:
         have, need = ("x".join(map(str, x)) for x in ((deepest, *planes[0]), patch))
         raise UserError(f"no scan fills a patch of {need} voxels: the largest has {have}")
-    count = next((n for n in SCANS if n >= len(scans)), -(-len(scans) // 16) * 16)
-    slabs = -(-deepest // patch[0])
+    return Bucket(scans_of(len(scans)), depth_of(deepest, patch[0]), *planes[0], str(scans[0]["voxels"].dtype))
+
+
+def scans_of(count: int) -> int:
+    """The scans of the smallest bucket that holds so many."""
+    return next((n for n in SCANS if n >= count), -(-count // 16) * 16)
+
+
+def depth_of(slices: int, patch: int) -> int:
+    """The depth of the smallest bucket that holds so many slices: in steps of an eighth to a quarter, whole patches."""
+    slabs = -(-slices // patch)
     step = max(1, 1 << max(0, slabs.bit_length() - 3))
-    return Bucket(count, -(-slabs // step) * step * patch[0], *planes[0], str(scans[0]["voxels"].dtype))
+    return -(-slabs // step) * step * patch
 
 
 def stack(group: Sequence[Study], rows: int) -> dict[str, Num[np.ndarray, "b s d h w"] | Int[np.ndarray, "b s"]]:

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+from tqdm import tqdm
 
 from jaxmed.core import sharding
 from jaxmed.core.load import load
 from jaxmed.data import pipeline, shards
-from jaxmed.data.tokenize import Tokenizer
 
 Array = np.ndarray
 IMAGE_KEYS = ("image", "scan_depths", "_mask")
@@ -34,31 +34,47 @@ def open_dataset(input: Mapping[str, Any]) -> shards.Dataset:
     return load("data.sources", source).open_dataset(input["dir"], **(input.get("source_options") or {}))
 
 
-def embed_studies(predict_fns, stream: pipeline.Stream, mesh, train_state, token: int, extra: Sequence[str] = ()):
+def embed_tokens(
+    predict_fns, stream: pipeline.Stream, mesh, train_state, extra: Sequence[str] = (), *, progress: str = ""
+):
     """All studies of a stream, padding rows left out.
 
     Args:
-      token: which image token, where the model gives several.
       extra: keys of the batch to return beside the features.
+      progress: title of a progress bar, shown if it takes more than a few seconds; "" for none.
 
     Returns:
-      {"image": (n, z) float32, "_id": (n,), "scale": exp(logit_scale) of that token, and `extra`}, the same on every
-      process.
+      {"image": (n, z) or (n, p, z) float32, "_id": (n,), `extra`, "scale" and perhaps "scale_report": (), exp of the
+      log-scales}, the same on every process.
     """
     rows: dict[str, list[Array]] = {}
-    scale = 1.0
-    for bucket, local in stream.batches(0, stream.steps_per_epoch):
+    scales: dict[str, Array] = {}
+    quiet = not progress or jax.process_index() != 0
+    batches = stream.batches(0, stream.steps_per_epoch)
+    for bucket, local in tqdm(batches, progress, stream.steps_per_epoch, unit="batch", delay=5, disable=quiet):
         batch = sharding.put_batch(local, mesh, stream.spec[bucket]["_mask"].shape[0])
         out = predict_fns["embed_image"](train_state, {k: batch[k] for k in IMAGE_KEYS if k in batch})
         got = sharding.gather({"image": out["image"], **{k: batch[k] for k in ("_mask", "_id", *extra)}})
-        last = token in (-1, out["image"].shape[1] - 1) if out["image"].ndim == 3 else False
-        scale = float(sharding.gather(out["scale_report"] if last and "scale_report" in out else out["scale"]))
-        if got["image"].ndim == 3:
-            got["image"] = got["image"][:, token]
+        scales = sharding.gather({k: out[k] for k in ("scale", "scale_report") if k in out})
         keep = got.pop("_mask") > 0
         for k, x in got.items():
             rows.setdefault(k, []).append(x[keep])
-    return {k: np.concatenate(x) for k, x in rows.items()} | {"scale": scale}
+    return {k: np.concatenate(x) for k, x in rows.items()} | scales
+
+
+def of_token(got: Mapping[str, Array], token: int) -> tuple[Float[Array, "n z"], float]:
+    """The features of one image token, of those that `embed_tokens` gives, and the scale that belongs to it."""
+    image = got["image"]
+    last = image.ndim == 3 and token in (-1, image.shape[1] - 1)
+    scale = float(got["scale_report"] if last and "scale_report" in got else got["scale"])
+    return image[:, token] if image.ndim == 3 else image, scale
+
+
+def embed_studies(predict_fns, stream: pipeline.Stream, mesh, train_state, token: int, extra: Sequence[str] = ()):
+    """As `embed_tokens`, of one image token: {"image": (n, z), "_id": (n,), "scale": of that token, and `extra`}."""
+    got = embed_tokens(predict_fns, stream, mesh, train_state, extra)
+    image, scale = of_token(got, token)
+    return {k: got[k] for k in ("_id", *extra)} | {"image": image, "scale": scale}
 
 
 def embed_ids(predict_fns, mesh, train_state, ids: Int[Array, "n t"], batch_size: int = 64) -> Float[Array, "n z"]:
@@ -73,12 +89,6 @@ def embed_ids(predict_fns, mesh, train_state, ids: Int[Array, "n t"], batch_size
         batch = sharding.put_batch({"text": part[mine]}, mesh, b)
         rows.append(sharding.gather(predict_fns["embed_text"](train_state, batch)["text"]))
     return np.concatenate(rows)[: len(ids)]
-
-
-def embed_texts(
-    predict_fns, mesh, train_state, texts: Sequence[str], tokenizer: Tokenizer, context: int
-) -> Float[Array, "n z"]:
-    return embed_ids(predict_fns, mesh, train_state, tokenizer.encode(texts, context))
 
 
 def writes(outdir) -> bool:

@@ -53,20 +53,7 @@ class Evaluator:
         )
         of_study = of_study.reshape(-1)
         text = features.embed_ids(self._predict, self._mesh, train_state, reports)
-        values = scores.image_text_retrieval(got["image"], text[of_study], texts=of_study, at=AT)
-        n, m = len(of_study), len(reports)
-        for way, chance in (
-            ("image_to_text", {k: min(k / m, 1.0) for k in AT}),
-            ("text_to_image", {k: chance_of_any(n, counts, k) for k in AT}),
-        ):
-            for key in ("mean_rank", "median_rank"):
-                yield f"{way}_{key}", values[f"{way}_{key}"]
-            for k in AT:
-                yield f"{way}_R@{k}", values[f"{way}_R@{k}"]
-                yield f"{way}_R@{k}_chance", chance[k]
-            yield f"{way}_R@5_over_chance", values[f"{way}_R@5"] / chance[5]
-        yield "studies", float(n)
-        yield "reports", float(m)
+        yield from measure(scores.image_text_ranks(got["image"], text[of_study], texts=of_study), counts).items()
         if self._outdir is not None and self._examples:
             self._write(int(train_state["step"]), got, text, of_study, first)
 
@@ -88,6 +75,26 @@ class Evaluator:
         self._outdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"step": step, "reports": len(report_of), "queries": queries}, indent=1)
         (self._outdir / f"step-{step:08d}.json").write_text(text + "\n")
+
+
+def measure(ranks: Mapping[str, np.ndarray], counts: np.ndarray) -> dict[str, float]:
+    """What `Evaluator.run` yields.
+
+    Args:
+      ranks: of `scores.image_text_ranks`.
+      counts: (reports,) studies that have each report.
+    """
+    n, m = int(counts.sum()), len(counts)
+    chances = {
+        "image_to_text": {k: min(k / m, 1.0) for k in AT},
+        "text_to_image": {k: chance_of_any(n, counts, k) for k in AT},
+    }
+    values = {}
+    for way, chance in chances.items():
+        values |= {f"{way}_{k}": v for k, v in scores.retrieval_metrics(ranks[way], AT).items()}
+        values |= {f"{way}_R@{k}_chance": chance[k] for k in AT}
+        values[f"{way}_R@5_over_chance"] = values[f"{way}_R@5"] / chance[5]
+    return values | {"studies": float(n), "reports": float(m)}
 
 
 def chance_of_any(n: int, right: np.ndarray, k: int) -> float:

@@ -7,7 +7,7 @@ names the published protocols; what they tune on the test labels says so in its 
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
-from scipy.stats import rankdata
+from sklearn.metrics import roc_curve
 
 Array = np.ndarray
 
@@ -61,61 +61,110 @@ def merge_max_if_any(a: Float[Array, "n"], b: Float[Array, "n"], threshold: floa
     return np.where((a > threshold) | (b > threshold), np.maximum(a, b), np.minimum(a, b))
 
 
-# Classification.
+# Classification. With `weights` (r, n), how often each row counts in each of r resamplings, a value becomes (r,)
+# values: so `intervals` bootstraps without sorting again.
 
 
-def auc(labels: Num[Array, "n"], scores: Num[Array, "n"]) -> float:
+def auc(labels: Num[Array, "n"], scores: Num[Array, "n"], weights: Num[Array, "r n"] | None = None):
     """Area under the ROC curve, ties counting one half; NaN if only one class is present."""
-    known = ~np.isnan(labels)
-    positive = labels[known] > 0.5
-    n1, n0 = int(positive.sum()), int((~positive).sum())
-    if not n1 or not n0:
-        return float("nan")
-    ranks = rankdata(scores[known])
-    return float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+    positive, negative = _by_score(labels, scores, weights)
+    below = np.cumsum(negative, axis=1) - negative
+    pairs = positive.sum(1) * negative.sum(1)
+    area = _ratio((positive * (below + negative / 2)).sum(1), pairs, np.nan)
+    return float(area[0]) if weights is None else area
 
 
-def macro_auc(labels: Num[Array, "n k"], scores: Num[Array, "n k"]) -> float:
+def average_precision(labels: Num[Array, "n"], scores: Num[Array, "n"], weights: Num[Array, "r n"] | None = None):
+    """The precision at every positive, averaged (the step-wise area under the precision-recall curve, as
+    scikit-learn); NaN without positives."""
+    positive, negative = (x[:, ::-1] for x in _by_score(labels, scores, weights))
+    above = np.cumsum(positive, axis=1)
+    precision = _ratio(above, above + np.cumsum(negative, axis=1))
+    area = _ratio((positive * precision).sum(1), positive.sum(1), np.nan)
+    return float(area[0]) if weights is None else area
+
+
+def _by_score(labels, scores, weights) -> tuple[Array, Array]:
+    """Weights of the positives and of the negatives (r, distinct scores), scores ascending."""
+    known = np.flatnonzero(~np.isnan(labels))
+    order = known[np.argsort(scores[known], kind="stable")]
+    w = np.ones((1, len(order))) if weights is None else weights[:, order].astype(np.float64)
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)  # NaN differs from everything
+    positive = labels[order] > 0.5
+    return tuple(
+        np.add.reduceat(w * of, starts, axis=1) if len(order) else np.zeros((len(w), 0)) for of in (positive, ~positive)
+    )
+
+
+def macro_auc(labels: Num[Array, "n k"], scores: Num[Array, "n k"], weights: Num[Array, "r n"] | None = None):
     """The mean AUC of the classes that have both kinds of label; NaN if none has."""
-    values = [auc(labels[:, j], scores[:, j]) for j in range(labels.shape[1])]
-    values = [v for v in values if not np.isnan(v)]
-    return float(np.mean(values)) if values else float("nan")
+    values = mean_known(np.stack([auc(*column, weights) for column in zip(labels.T, scores.T)], axis=-1))
+    return float(values) if weights is None else values
 
 
-def confusion(labels: Int[Array, "n"], predictions: Int[Array, "n"], classes: int) -> Int[Array, "classes classes"]:
-    """Counts, rows true and columns predicted; matrices of parts of a test set add up."""
-    counts = np.bincount(np.asarray(labels) * classes + np.asarray(predictions), minlength=classes * classes)
-    return counts.reshape(classes, classes)
+def mean_known(values: Float[Array, "*r k"]) -> Float[Array, "*r"]:
+    """The mean over the last axis without the NaNs; NaN if there is nothing else."""
+    known = ~np.isnan(values)
+    return _ratio(np.where(known, values, 0).sum(-1), known.sum(-1), np.nan)
 
 
-def _ratio(a, b):
-    return np.divide(a, b, out=np.zeros(np.shape(a), np.float64), where=np.asarray(b) > 0)
+def confusion(labels: Int[Array, "n"], predictions: Int[Array, "n"], classes: int, weights=None):
+    """Counts (k, k), rows true and columns predicted, or (r, k, k); matrices of parts of a test set add up."""
+    cell = np.asarray(labels) * classes + np.asarray(predictions)
+    if weights is None:
+        return np.bincount(cell, minlength=classes * classes).reshape(classes, classes)
+    return np.stack([weights @ (cell == i) for i in range(classes * classes)], axis=-1).reshape(-1, classes, classes)
 
 
-def accuracy(matrix: Int[Array, "k k"]) -> float:
-    return float(np.trace(matrix) / max(matrix.sum(), 1))
+def _ratio(a, b, nothing: float = 0.0):
+    """a / b, and `nothing` where b is 0."""
+    a, b = np.asarray(a, np.float64), np.asarray(b)
+    return np.divide(a, b, out=np.full(np.broadcast_shapes(a.shape, b.shape), nothing, np.float64), where=b > 0)
 
 
-def recall(matrix: Int[Array, "k k"]) -> Float[Array, "k"]:
+def _diagonal(matrix):
+    return np.diagonal(matrix, axis1=-2, axis2=-1)
+
+
+def accuracy(matrix: Num[Array, "*r k k"]) -> Float[Array, "*r"]:
+    return _ratio(_diagonal(matrix).sum(-1), matrix.sum((-2, -1)))
+
+
+def recall(matrix: Num[Array, "*r k k"]) -> Float[Array, "*r k"]:
     """Per class; 0 where a class has no rows."""
-    return _ratio(np.diag(matrix), matrix.sum(1))
+    return _ratio(_diagonal(matrix), matrix.sum(-1))
 
 
-def precision(matrix: Int[Array, "k k"]) -> Float[Array, "k"]:
+def precision(matrix: Num[Array, "*r k k"]) -> Float[Array, "*r k"]:
     """Per class; 0 where a class was never predicted."""
-    return _ratio(np.diag(matrix), matrix.sum(0))
+    return _ratio(_diagonal(matrix), matrix.sum(-2))
 
 
-def balanced_accuracy(matrix: Int[Array, "k k"]) -> float:
+def balanced_accuracy(matrix: Num[Array, "*r k k"]) -> Float[Array, "*r"]:
     """The mean recall of the classes that have rows."""
-    present = matrix.sum(1) > 0
-    return float(recall(matrix)[present].mean()) if present.any() else float("nan")
+    return mean_known(np.where(matrix.sum(-1) > 0, recall(matrix), np.nan))
 
 
-def weighted_f1(matrix: Int[Array, "k k"]) -> float:
+def weighted_f1(matrix: Num[Array, "*r k k"]) -> Float[Array, "*r"]:
     """F1 per class, weighted by the number of true rows."""
-    f1 = _ratio(2.0 * np.diag(matrix), matrix.sum(0) + matrix.sum(1))
-    return float((f1 * matrix.sum(1)).sum() / max(matrix.sum(), 1))
+    rows = matrix.sum(-1)
+    f1 = _ratio(2.0 * _diagonal(matrix), matrix.sum(-2) + rows)
+    return _ratio((f1 * rows).sum(-1), rows.sum(-1))
+
+
+def threshold_nearest(labels: Num[Array, "n"], scores: Num[Array, "n"]) -> float:
+    """The threshold, halfway between two scores, whose ROC point is nearest to (0, 1); 0.5 if a class is missing.
+
+    For a held-out split. A study is positive where its score is above.
+    """
+    known = ~np.isnan(labels)
+    positive, values = labels[known] > 0.5, scores[known].astype(np.float64)
+    if positive.all() or not positive.any():
+        return 0.5
+    alarm, found, at = roc_curve(positive, values, drop_intermediate=False)
+    best = int(np.argmin(np.hypot(1 - found, alarm)[1:])) + 1  # the first point calls nothing positive
+    below = values[values < at[best]]
+    return float((at[best] + below.max()) / 2) if len(below) else float(np.nextafter(at[best], -np.inf))
 
 
 def threshold_searched(labels: Num[Array, "n"], scores: Num[Array, "n"]) -> float:
@@ -145,9 +194,9 @@ def binary_metrics(labels: Num[Array, "n"], scores: Num[Array, "n"], threshold: 
     matrix = confusion((labels[known] > 0.5).astype(int), (scores[known] > threshold).astype(int), 2)
     return {
         "auc": auc(labels, scores),
-        "accuracy": accuracy(matrix),
-        "balanced_accuracy": balanced_accuracy(matrix),
-        "weighted_f1": weighted_f1(matrix),
+        "accuracy": float(accuracy(matrix)),
+        "balanced_accuracy": float(balanced_accuracy(matrix)),
+        "weighted_f1": float(weighted_f1(matrix)),
         "recall": float(recall(matrix)[1]),
         "precision": float(precision(matrix)[1]),
     }
@@ -164,8 +213,8 @@ def multiclass_metrics(
     result = {
         "": {
             "auc": macro_auc(one_hot, probabilities),
-            "weighted_f1": weighted_f1(matrix),
-            "balanced_acc": balanced_accuracy(matrix),
+            "weighted_f1": float(weighted_f1(matrix)),
+            "balanced_acc": float(balanced_accuracy(matrix)),
         }
     }
     for j, name in enumerate(names):
@@ -240,13 +289,10 @@ def retrieval_metrics(ranks: Int[Array, "n"], at: tuple[int, ...] = (1, 5, 10)) 
     return values | {f"R@{k}": float((ranks < k).mean()) for k in at}
 
 
-def image_text_retrieval(
-    image_features: Float[Array, "n z"],
-    text_features: Float[Array, "n z"],
-    texts: Int[Array, "n"] | None = None,
-    at: tuple[int, ...] = (1, 5, 10),
-) -> dict[str, float]:
-    """Retrieval both ways, "image_to_text_*" and "text_to_image_*", for n pairs in the same order.
+def image_text_ranks(
+    image_features: Float[Array, "n z"], text_features: Float[Array, "n z"], texts: Int[Array, "n"] | None = None
+) -> dict[str, Int[Array, "q"]]:
+    """The ranks (see `retrieval_ranks`) of "image_to_text" and "text_to_image", for n pairs in the same order.
 
     Args:
       image_features, text_features: need not be normalised.
@@ -260,10 +306,15 @@ def image_text_retrieval(
         text_features = text_features[first]
         match = of_study[:, None] == np.arange(len(first))[None, :]
     similarity = image_features @ text_features.T
-    values = {}
-    for name, s, m in (
-        ("image_to_text", similarity, match),
-        ("text_to_image", similarity.T, None if match is None else match.T),
-    ):
-        values |= {f"{name}_{k}": v for k, v in retrieval_metrics(retrieval_ranks(s, m), at).items()}
-    return values
+    return {
+        "image_to_text": retrieval_ranks(similarity, match),
+        "text_to_image": retrieval_ranks(similarity.T, None if match is None else match.T),
+    }
+
+
+def image_text_retrieval(
+    image_features, text_features, texts=None, at: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    """ "image_to_text_*" and "text_to_image_*" of `retrieval_metrics`, from the arguments of `image_text_ranks`."""
+    ranks = image_text_ranks(image_features, text_features, texts)
+    return {f"{way}_{k}": v for way, r in ranks.items() for k, v in retrieval_metrics(r, at).items()}

@@ -12,7 +12,7 @@ from jaxmed.core import sharding
 from jaxmed.core.errors import UserError
 from jaxmed.data import shards
 from jaxmed.data.tokenize import Tokenizer
-from jaxmed.evals import baselines, examples, features, retrieval, scores, zeroshot
+from jaxmed.evals import baselines, examples, features, prompts, retrieval, scores, zeroshot
 
 CLASSES = ("bright", "dark", "striped")
 STUDIES = 13  # no multiple of the batch
@@ -89,7 +89,7 @@ STATE = {"step": 7}
 
 
 class TestZeroshot:
-    @pytest.mark.parametrize("score", zeroshot.SCORES)
+    @pytest.mark.parametrize("score", prompts.SCORES)
     def test_oracle_is_perfect_and_writes_its_scores(self, dataset, mesh, tmp_path, score):
         classes = {c: [f"{c} word", c] for c in CLASSES}
         negatives = {c: "nothing" for c in CLASSES} if score == "pair" else None
@@ -123,7 +123,7 @@ class TestZeroshot:
     def test_refuses(self, dataset, mesh):
         classes = {c: c for c in CLASSES}
         for options, message in (
-            (dict(classes={"bald": "x"}), "bald"),
+            (dict(classes={"bald": "x", "dark": "y"}), "bald"),
             (dict(classes=classes, score="guess"), "guess"),
             (dict(classes=classes, score="pair"), "negative"),
             (dict(classes=classes, templates=("no place",)), "no place"),

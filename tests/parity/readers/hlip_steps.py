@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxmed import predict, predict_model, predict_prompts
+from jaxmed import predict, predict_model
 from jaxmed.core import accumulate, optim, tree
 from jaxmed.core.config import Config
 from jaxmed.data import ops
-from jaxmed.evals import relevance, scores
+from jaxmed.evals import prompts, relevance, scores
 from jaxmed.models import bert
 from jaxmed.objectives import clip
 from jaxmed.ports import hlip as port
@@ -156,12 +156,12 @@ def lock_text(case) -> dict:
 
 
 def zero_shot(case, image) -> dict:
-    """Features of one study, the classifier of the prompts, and what they give."""
-    prompts = hlip_text.ids(case.input["input_ids"])
-    batch = {"image": image, "text": prompts[:1], "_mask": jnp.ones(1)}
+    """Features of one study, the classifier of the ids, and what they give."""
+    ids = hlip_text.ids(case.input["input_ids"])
+    batch = {"image": image, "text": ids[:1], "_mask": jnp.ones(1)}
     embed, params = objective(case, batch).predict_fns, hlip_text.params(case)
     of_image = jax.jit(embed["embed_image"])(params, {}, {"image": image})
-    of_text = jax.jit(embed["embed_text"])(params, {}, {"text": prompts})
+    of_text = jax.jit(embed["embed_text"])(params, {}, {"text": ids})
     features = np.asarray(of_image["image"])
     features = features if features.ndim == 2 else features[:, 0]  # the sentence token
     classifier = scores.classifier_from_prompts(np.asarray(of_text["text"]), case.config["classes"])
@@ -205,8 +205,8 @@ def explained(case, image, classifier) -> tuple[np.ndarray, np.ndarray, np.ndarr
     tower, params = hlip_visual.model(config["vision"]), hlip_text.params(case)
     names = tuple(str(i) for i in range(config["classes"]))
     loaded = predict_model.Loaded("", {}, tower, params, goal.predict_fns, "clip", None, {}, None)
-    prompts = predict_prompts.Prompts(names, (), "softmax", None)
-    asker = predict.Asker(loaded, prompts, classifier, target=config["target"])
+    asked = prompts.Prompts(names, (), "softmax", None)
+    asker = predict.Asker(loaded, asked, classifier, target=config["target"])
     found = asker(batch, heatmap=True)["relevance"][0]
 
     def logit(z):
