@@ -10,10 +10,14 @@ Demo        python -m jaxmed.main --config=configs/hlip.py:demo --workdir=runs/h
             logistic regression on histograms 0.732, on metadata 0.484.
 Smoke       python -m jaxmed.main --config=configs/hlip.py:runlocal (tiny, two steps)
 
+Try it      python -m jaxmed.main --config=configs/hlip.py:quick --config.input.dir=shards/brain --workdir=runs/quick
+            (ten steps of a tiny model on your own shards: does everything run?)
+
 Your data   python -m jaxmed.main --config=configs/hlip.py --config.input.dir=shards/brain --workdir=runs/brain
   Shards    python -m jaxmed.prep ... --recipe=hlip_brain_mri (or hlip_head_ct) --split=train=0.9,val=0.1
   Model     :variant=NAME, one of the published sizes in jaxmed/models/hlip.py. Default: the dual model, ViT-B, with one
-            image token for sentences and one for reports.
+            image token for sentences and one for reports. Models with one token learn from whole reports (CLIP or, by
+            their name, SigLIP).
   Hardware  written for 8 accelerators of 80 GB or a TPU v5e-64; on less, raise config.accumulate (the loss stays that
             of the whole batch of 384) or lower config.input.batch_size.
   Settings  those of the newer published MRI run (see hlip_brain_published.py), except where they were mistakes or
@@ -42,11 +46,10 @@ TEMPLATES = (
 
 
 def get_config(arg=None):
-    arg = parse_arg(
-        arg, demo=False, runlocal=False, variant="ablate_seqposemb_clip_vit_base_multiscan_h2_dualdinotxt1568"
-    )
+    arg = parse_arg(arg, demo=False, runlocal=False, quick=False, variant="clip_vit_base_scan_study_dualdinotxt1568")
     if arg["demo"] or arg["runlocal"]:
         return small(arg["runlocal"])
+    variant = "tiny" if arg["quick"] else arg["variant"]
 
     c = ConfigDict()
     c.title = "HLIP"
@@ -60,17 +63,18 @@ def get_config(arg=None):
     c.input.update(keys=("image", "sentence", "text"), context=256, overflow="truncate", prefix=PREFIX)
     c.input.update(workers=0, threads=8, prefetch=2)
 
-    c.objective = dict(name="clip", loss="dual", false_negatives="ignore")
-    image = dict(name="hlip", variant=arg["variant"], patch_drop=0.5, dtype="bfloat16")
+    image = dict(name="hlip", variant=variant, patch_drop=0.5, drop_path=0.2, dtype="bfloat16")
     image.update(scan_blocks=True, remat="full", scan_positions="study")
-    text = dict(name="bert", variant="bert_base", out_dim=768, dtype="bfloat16", scan_blocks=True, remat="full")
-    c.model = dict(name="two_towers", image=image, text=text, logit_bias_init=2.659260036932778)  # ln(1 / 0.07)
-    if "dual" not in arg["variant"]:
-        c.objective.loss = "clip"
+    text = dict(name="bert", variant="bert_base", dtype="bfloat16", scan_blocks=True, remat="full")
+    c.model = dict(name="two_towers", image=image, text=text)
+    loss = "dual" if "dual" in variant else "siglip" if "siglip" in variant else "clip"
+    c.objective = dict(name="clip", loss=loss, false_negatives="ignore")
+    if loss == "dual":
+        c.model.logit_bias_init = 2.659260036932778  # ln(1 / 0.07)
+    else:
         c.input.keys = ("image", "text")
-        del c.model["logit_bias_init"]
-        if "dinotxt" not in arg["variant"] and arg["variant"] != "hlip-2025-10-08":
-            c.model.text.out_dim = 512
+    if loss == "siglip":
+        c.model.update(logit_scale_init=2.302585092994046, logit_bias_init=-10.0)  # ln 10
 
     c.schedule = dict(name="cosine", lr=3e-4, warmup_steps=1600)
     c.optim = dict(name="adamw", b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.2, clip_norm=0.0)
@@ -84,6 +88,19 @@ def get_config(arg=None):
     held_out.update(too_deep="center", empty_report="drop", context=256, overflow="truncate", prefix=PREFIX)
     c.evals = dict(retrieval=dict(type="retrieval", every_steps=1000, input=held_out))
     c.report = "show"
+    return quick(c) if arg["quick"] else c
+
+
+def quick(c):
+    """Does it run on my shards, on this machine? A few steps of a tiny model; it learns nothing."""
+    del c["total_epochs"]
+    c.total_steps = 10
+    c.input.update(batch_size=4, threads=2)
+    c.model.image.update(img_size=(48, 224, 224), patch=(8, 32, 32), dtype="float32", scan_blocks=False, remat="none")
+    c.model.text.update(variant="tiny", max_positions=256, dtype="float32", scan_blocks=False, remat="none")
+    c.schedule.warmup_steps = 2
+    c.log.every_steps = 1
+    c.evals.retrieval.input.update(split="train", batch_size=4)  # a small cohort may have no val split
     return c
 
 

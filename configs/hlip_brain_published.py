@@ -41,7 +41,10 @@ def get_config(arg=None):
         raise ValueError(f"run={arg['run']!r} is not one of {', '.join(RUNS)}")
     run, original = RUNS[arg["run"]], arg["run"] == "original"
     variant = arg["variant"] or ("clip_vit_base_multiscan_h2_token1176" if original else DUAL)
-    tokens = "dual" if "dual" in variant else "sentence" if "dinotxt" in variant else "clip"
+    one_sentence = "dinotxt" in variant or variant == "hlip-2025-10-08"
+    tokens = "dual" if "dual" in variant else "sentence" if one_sentence else "clip"
+    if "siglip" in variant:
+        raise ValueError(f"variant={variant!r} is a chest model: see hlip_ct_rate_published.py")
     prefix = "This MRI study shows: " if original else "This study shows: "
 
     c = ConfigDict()
@@ -62,7 +65,7 @@ def get_config(arg=None):
     c.objective = dict(name="clip", loss=tokens, false_negatives="keep", legacy_scale_grad=run["accumulate"])
     image = dict(name="hlip", variant=variant, patch_drop=run["patch_drop"], drop_path=0.2, dtype="bfloat16")
     image.update(scan_positions="batch", remat="full", scan_blocks=True)
-    text = dict(name="bert", variant="bert_base", out_dim=512 if tokens == "clip" else 768, dtype="bfloat16")
+    text = dict(name="bert", variant="bert_base", dtype="bfloat16")
     text.update(scan_blocks=True, remat="full")
     c.model = dict(name="two_towers", image=image, text=text)
     if tokens == "dual":

@@ -42,7 +42,7 @@ def get_config(arg=None):
     c.objective = dict(name="clip", loss="siglip" if siglip else "clip", false_negatives="keep")
     image = dict(name="hlip", variant=arg["variant"], patch_drop=arg["patch_drop"], drop_path=0.2)
     image.update(pixel_range=(-1150.0, 350.0), dtype="bfloat16", remat="full", scan_blocks=True)
-    text = dict(name="bert", variant="cxr_bert", out_dim=768 if siglip else 512, dtype="bfloat16")
+    text = dict(name="bert", variant="cxr_bert", dtype="bfloat16")
     c.model = dict(name="two_towers", image=image, text=text)
     if siglip:
         c.model.update(logit_scale_init=2.302585092994046, logit_bias_init=-10.0)  # ln 10
@@ -75,6 +75,6 @@ def runlocal(c):
     tiny = dict(img_size=(12, 32, 32), patch=(4, 8, 8), width=48, heads=3, depth=3, pixel_range=(0.0, 255.0))
     siglip = c.objective.loss == "siglip"
     c.model.image.update(dtype="float32", out_dim=48 if siglip else 32, **tiny)
-    c.model.text.update(variant="tiny", max_positions=512, out_dim=48 if siglip else 32, dtype="float32")
+    c.model.text.update(variant="tiny", max_positions=512, dtype="float32")
     c.schedule.warmup_steps = 1
     c.log.every_steps = 1

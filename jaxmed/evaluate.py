@@ -24,9 +24,10 @@ import numpy as np
 from absl import logging
 
 from jaxmed import predict_prompts
+from jaxmed.core.command import exit_code
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import write_file
 from jaxmed.core.metrics import table
-from jaxmed.data.shards import write_file
 from jaxmed.evals import label_tables, prompts, suites
 from jaxmed.evaluate_features import Embedder
 from jaxmed.evaluate_tasks import PROTOCOLS, TASKS, Options
@@ -161,14 +162,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> int:
     """Runs the command in this process; returns the exit code."""
     commands = {"suites": _suites, "labels": _labels}
-    try:
-        return commands[argv[0]](argv[1:]) if argv[:1] and argv[0] in commands else _evaluate(argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    if argv[:1] and argv[0] in commands:
+        return exit_code(commands[argv[0]], argv[1:])
+    return exit_code(_evaluate, argv)
 
 
 def _evaluate(argv: list[str]) -> int:

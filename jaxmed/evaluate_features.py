@@ -5,7 +5,6 @@ CACHE/<hash>.json    what they were computed from; the hash is that of this file
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ from jaxtyping import Int
 from jaxmed import predict_model, predict_prompts, predict_studies
 from jaxmed.core import sharding
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import write_arrays, write_file
 from jaxmed.core.load import load
 from jaxmed.core.tree import params_sha256
 from jaxmed.data import shards
-from jaxmed.data.shards import write_file
 from jaxmed.evals import features
 from jaxmed.evals.prompts import Prompts
 
@@ -164,10 +163,8 @@ class Embedder:
             self._cache.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"--cache={self._cache}: cannot be written ({e.strerror})") from None
-        buffer = io.BytesIO()
-        np.savez(buffer, **found)
         if jax.process_index() == 0:
-            write_file(arrays, buffer.getvalue())
+            write_arrays(arrays, found)
             write_file(description, content)  # last: without it the arrays do not count
         self.computed.append(title)
         return found

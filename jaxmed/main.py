@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from jaxmed import train
 from jaxmed.core import metrics
+from jaxmed.core.command import exit_code
 from jaxmed.core.config import Config
 from jaxmed.core.errors import UserError
 from jaxmed.core.load import load
@@ -91,12 +92,9 @@ def _one_line(error: Exception, argv) -> str:
 
 def run() -> None:
     """Runs `main`; bad input is one line on stderr and exit code 2."""
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2)  # at once: tasks that orbax left behind would print pages about a damaged checkpoint
+    code = exit_code(lambda: app.run(main, flags_parser=parse_flags))
+    sys.stdout.flush()
+    os._exit(code)  # at once: tasks that orbax left behind would print pages about a damaged checkpoint
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxmed.core import checkpoint, metrics, tree, weights
+from jaxmed.core.command import exit_code
 from jaxmed.core.errors import UserError
 from jaxmed.core.load import load
 from jaxmed.ports import torch_files
@@ -67,11 +68,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """Runs the command in this process; returns the exit code."""
-    try:
-        return _run(argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return exit_code(_run, argv)
 
 
 def _run(argv: list[str]) -> int:

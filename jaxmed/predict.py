@@ -30,18 +30,18 @@ from absl import logging
 from tqdm import tqdm
 
 from jaxmed import predict_model, predict_prompts, predict_studies
+from jaxmed.core.command import exit_code
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import is_full, write_arrays, write_file
 from jaxmed.core.load import load
 from jaxmed.core.metrics import table
 from jaxmed.core.tree import params_sha256
 from jaxmed.data import ops
-from jaxmed.data.shards import write_file
 from jaxmed.evals import relevance
 from jaxmed.evals.prompts import Prompts
 from jaxmed.predict_studies import Study
 from jaxmed.prep import recipes
 from jaxmed.prep.convert import where
-from jaxmed.prep.files import is_full
 
 REPORT = "predict_report.json"
 TASKS = ("embed", "zeroshot")
@@ -202,16 +202,14 @@ class Output:
     def write(self) -> list[dict[str, Any]]:
         """embeddings.npz and predictions.csv, in the order of keys; returns the rows."""
         rows = [self.rows[i] for i in sorted(self.rows)]
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            keys=np.array([r["key"] for r in rows]),
-            paths=np.array([r["path"] for r in rows]),
-            features=np.stack([r["features"] for r in rows]),
-            scans=np.array([len(r["scans"]) for r in rows], np.int32),
-            scan_names=np.array(["|".join(s["name"] for s in r["scans"]) for r in rows]),
-        )
-        write_file(self.out / "embeddings.npz", buffer.getvalue())
+        arrays = {
+            "keys": np.array([r["key"] for r in rows]),
+            "paths": np.array([r["path"] for r in rows]),
+            "features": np.stack([r["features"] for r in rows]),
+            "scans": np.array([len(r["scans"]) for r in rows], np.int32),
+            "scan_names": np.array(["|".join(s["name"] for s in r["scans"]) for r in rows]),
+        }
+        write_arrays(self.out / "embeddings.npz", arrays)
         if self.names:
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
@@ -373,14 +371,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """Runs the command in this process; returns the exit code."""
-    try:
-        return _main(argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    return exit_code(_main, argv)
 
 
 def _main(argv: list[str]) -> int:

@@ -14,7 +14,9 @@ import numpy as np
 
 from jaxmed import show_pictures as pictures
 from jaxmed.core import metrics
+from jaxmed.core.command import exit_code
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import write_file
 from jaxmed.data import shards
 from jaxmed.data.record import Study
 from jaxmed.evals import examples
@@ -93,7 +95,7 @@ def report(workdir: str | Path, out: str | Path | None = None) -> Path:
     parts += [details("config", config), details("versions", summary.get("versions", {}))]
     out = Path(out or workdir / "report.html")
     title = f"jaxmed: {config.get('title') or workdir.name}"
-    shards.write_file(out, page(title, parts).encode())
+    write_file(out, page(title, parts).encode())
     return out
 
 
@@ -278,12 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", help="of a dataset: the split to show [all]")
     parser.add_argument("--studies", type=int, default=12, help="of a dataset: how many to show [12]")
     args = parser.parse_args(argv)
-    try:
-        print(show(args.dir, args.out or args.dir / "report.html", args.split, args.studies))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(show(args.dir, args.out or args.dir / "report.html", args.split, args.studies)))
 
 
 def show(dir: Path, out: Path, split: str | None = None, studies: int = 12) -> Path:
@@ -297,14 +294,14 @@ def show(dir: Path, out: Path, split: str | None = None, studies: int = 12) -> P
     out.parent.mkdir(parents=True, exist_ok=True)
     if (dir / shards.MANIFEST).exists():
         text, sheet = dataset_page(dir, split, studies)
-        shards.write_file(out, text.encode() if out.suffix == ".html" else pictures.png(sheet))
+        write_file(out, text.encode() if out.suffix == ".html" else pictures.png(sheet))
         return out
     if not (dir / "metrics.jsonl").exists():
         raise UserError(f"{dir} has neither {shards.MANIFEST} (a dataset) nor metrics.jsonl (a run)")
     if out.suffix == ".html":
         return report(dir, out)
     lines = metrics.read(dir)
-    shards.write_file(out, pictures.curves(lines, panels(lines)))
+    write_file(out, pictures.curves(lines, panels(lines)))
     return out
 
 

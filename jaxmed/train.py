@@ -9,10 +9,11 @@ stops. The same call again, after any kind of death, goes on from the newest che
 
 import contextlib
 import importlib.metadata
+import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,9 +59,9 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     started = time.perf_counter()
     first = jax.process_index() == 0
     workdir.mkdir(parents=True, exist_ok=True)
-    seed = config.get("seed", 0)
+    seed = config.at_least(0, "seed", 0)
     log, ckpt = config.get("log", Config({})), config.get("ckpt", Config({}))
-    log_every, save_every = log.get("every_steps", 50), ckpt.get("every_steps", 1000)
+    log_every, save_every = log.at_least(1, "every_steps", 50), ckpt.at_least(1, "every_steps", 1000)
     tensorboard = log.get("tensorboard", False)
     title = config.get("title", "jaxmed")
     say(f"{title}: {len(mesh.devices.ravel())} x {mesh.devices.ravel()[0].device_kind}, mesh {dict(mesh.shape)}")
@@ -72,7 +73,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
             call(load("data.sources", source["name"]).make, config.source, skip=("name",))
         barrier("source")
     pipeline = load("data", "pipeline")
-    microbatches = config.get("accumulate", 1)
+    microbatches = config.at_least(1, "accumulate", 1)
     stream = call(
         pipeline.make,
         config.input,
@@ -81,11 +82,12 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
         sharding=sharding.batch_sharding(mesh),
         multiple_of=sharding.batch_size_multiple(mesh) * microbatches,
     )
-    total_steps = config.get("total_steps")
-    if (total_steps is None) == (config.get("total_epochs") is None):
+    if (config.get("total_steps") is None) == (config.get("total_epochs") is None):
         raise UserError("give either config.total_steps or config.total_epochs")
-    if total_steps is None:
-        total_steps = math.ceil(config.total_epochs * stream.steps_per_epoch)
+    if config.get("total_steps") is not None:
+        total_steps = config.at_least(0, "total_steps")
+    else:
+        total_steps = math.ceil(config.at_least(0, "total_epochs") * stream.steps_per_epoch)
 
     # ---- Objective: parameters, loss and predictions, as pure functions.
     objective = load("objectives", config.objective.name).make(config, stream.spec)
@@ -110,9 +112,10 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     abstract_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, state_shardings
     )
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=ckpt.get("keep", 2))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=ckpt.at_least(1, "keep", 2))
     init_from, init_except = config.get("init_from"), config.get("init_except", ())
-    identity = {"plan_hash": stream.plan_hash, "total_steps": total_steps, "seed": seed}
+    decisive = {k: config[k] for k in ("objective", "optim", "schedule", "ema") if k in config}
+    identity = {"plan_hash": stream.plan_hash, "total_steps": total_steps, "seed": seed, **plain(decisive)}
     start_step = 0 if checkpoints.latest is None else checkpoints.latest
     if checkpoints.latest is not None:
         check_same_run(checkpoints.meta(start_step), identity, workdir)
@@ -256,18 +259,29 @@ class Pending(NamedTuple):
 
 
 def check_same_run(meta: dict[str, Any], identity: dict[str, Any], workdir: Path) -> None:
-    """A checkpoint continues only the run that wrote it: same data, plan, seed and length."""
+    """A checkpoint continues only the run that wrote it: same data, plan, seed, length, loss and optimiser."""
     reasons = {
         "plan_hash": "the shards or config.input (buckets, batch size, split) differ",
         "total_steps": "config.total_steps differs, and with it the learning-rate schedule",
-        "seed": "config.seed differs",
     }
-    for key, value in identity.items():
-        if meta.get(key) != value:
+    for key in sorted({*identity, *meta} - {"shapes"}):
+        there, here = meta.get(key), identity.get(key)
+        if there != here:
             raise UserError(
-                f"{workdir}: its checkpoint belongs to another run: {reasons[key]} ({meta.get(key)} there, {value} "
-                "here). Use another --workdir, and config.init_from to start from these weights"
+                f"{workdir}: its checkpoint belongs to another run: {reasons.get(key, f'config.{key} differs')} "
+                f"({there} there, {here} here). Use another --workdir, and config.init_from to start from these weights"
             )
+
+
+def plain(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.b1": 0.9, ...} of nested sections, as JSON would give the values back."""
+    values = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            values |= plain(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = json.loads(json.dumps(value, default=str))
+    return values
 
 
 def compile_buckets(update_fn, abstract_state, state_shardings, specs, rng, mesh) -> dict[Any, Callable]:
@@ -294,7 +308,7 @@ def make_evaluators(config: Config, predict_fns, mesh, workdir: Path) -> list[tu
             outdir=workdir / "evals" / name,
             skip=("type", "every_steps"),
         )
-        evaluators.append((name, evaluator, section.get("every_steps", 0)))
+        evaluators.append((name, evaluator, section.at_least(0, "every_steps", 0)))
     return evaluators
 
 

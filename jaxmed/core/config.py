@@ -39,6 +39,17 @@ class Config(Mapping):
     def __repr__(self) -> str:
         return f"Config({self._path}: {self._values})"
 
+    def at_least(self, least: float, key: str, default: Any = None) -> Any:
+        """The number at `key`.
+
+        Raises:
+          UserError: it is smaller than `least`, or no number.
+        """
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+            raise UserError(f"{self._path}.{key}={value!r}: give a number of at least {least}")
+        return value
+
     def to_dict(self) -> dict[str, Any]:
         """A plain copy; everything in it counts as read."""
         self._read.update(self._values)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import cannot_write, write_file
 
 
 class Writer:
@@ -24,9 +25,7 @@ class Writer:
             return
         path = workdir / "metrics.jsonl"
         kept = [line for line in read(workdir) if line["step"] <= start_step] if start_step else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a")
         if tensorboard:
             try:
@@ -41,8 +40,11 @@ class Writer:
             return
         values = {k: float(v) for k, v in values.items()}
         clean = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **clean}) + "\n")
+            self._file.flush()
+        except OSError as e:
+            raise cannot_write(Path(self._file.name), e) from e
         if self._board is not None:
             for k, v in values.items():
                 self._board.add_scalar(k, v, step)
@@ -68,9 +70,7 @@ def read(workdir: Path) -> list[dict]:
 
 def write_json(path: Path, values) -> None:
     """Atomically: readers see the old file or the whole new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True, default=str) + "\n")
-    temporary.replace(path)
+    write_file(path, (json.dumps(values, indent=1, sort_keys=True, default=str) + "\n").encode())
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -31,6 +31,9 @@ def schedule(
     """
     if name not in ("cosine", "constant", "const_cooldown"):
         raise UserError(f"schedule.name: {name!r} is not one of cosine, constant, const_cooldown")
+    for field, value in (("lr", lr), ("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps)):
+        if not value >= 0:
+            raise UserError(f"schedule.{field}={value}: give a number of at least 0")
     if warmup_steps + cooldown_steps > total_steps > 0:
         raise UserError(
             f"schedule: warm-up ({warmup_steps}) and cool-down ({cooldown_steps}) steps are more than "

@@ -121,7 +121,7 @@ def plan(
       seed, epoch: determine the order, if `shuffle`.
       mode: one of `MODES`.
       buckets: `{axis: allowed sizes}`; the buckets are their product.
-      batch_size, budget, multiple_of: see `batch_sizes`.
+      batch_size, budget, multiple_of: see `batch_sizes`; no batch has more rows than there are records.
       shuffle: new order of records and of batches in every epoch; else ordered by bucket, then as in `ids`.
       drop_remainder: drop the last incomplete batch instead of padding it with `PAD`.
       keys: (n,) names of the records, for messages.
@@ -149,6 +149,9 @@ def plan(
                 f"(input.buckets.{axis}={tuple(allowed)}): add a bucket that holds it"
             )
     rows = batch_sizes(cells, batch_size=batch_size, budget=budget, multiple_of=multiple_of)
+    if not drop_remainder:  # a few studies need no batch of hundreds of rows
+        enough = -(-len(ids) // multiple_of) * multiple_of
+        rows = {cell: min(n, enough) for cell, n in rows.items()}
     rng = np_rng(seed, epoch) if shuffle else None
     steps = MODES[mode](sizes, ids, cells, rows, rng, drop_remainder)
     if not steps:
@@ -189,6 +192,11 @@ def _in_buckets(
         if larger is not None:
             moved[larger].append(rest)
         elif not drop_remainder:
+            if (
+                rng is None
+            ):  # in evaluation the last ones may all be small; in training every epoch has the same buckets
+                fits = [c for c in cells if all(sizes[axis][rest].max() <= n for axis, n in c) and rows[c] >= len(rest)]
+                cell = fits[0]
             steps.append(Step(cell, np.concatenate([ids[rest], np.full(rows[cell] - len(rest), PAD)])))
     return steps if rng is None else [steps[k] for k in rng.permutation(len(steps))]
 

@@ -25,6 +25,7 @@ from array_record.python import array_record_module
 from jaxtyping import Int64
 
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import cannot_write, commit, temporary, write_file
 from jaxmed.data.record import CODECS, DEFAULT_CODEC, Record, Study, StudyReader, encode
 
 SCHEMA = 1
@@ -55,53 +56,6 @@ class Dataset(Protocol):
     def close(self) -> None: ...
 
 
-# --- files that are whole or absent -----------------------------------------------------------------------------------
-
-
-def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Writes `data` to `path` so that the file is whole or absent.
-
-    Raises:
-      UserError: the disk is full or not writable; names the file.
-    """
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        temporary.write_bytes(data)
-        _commit(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, e) from e
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    """Flushes a finished temporary file to disk and gives it its name."""
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _cannot_write(path: Path, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or error
-    return UserError(
-        f"cannot write {path}: {reason}; free space or choose another folder, then run the same command again "
-        "(whole shards are kept)"
-    )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -129,7 +83,7 @@ class ShardWriter:
         self.codec = codec
         self.rows: list[dict[str, Any]] = []
         self.bytes = 0  # of encoded records, before the shard's own compression: close the shard when it is large
-        self._temporary = _temporary(self.path)
+        self._temporary = temporary(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.with_suffix(".json").unlink(missing_ok=True)  # from here on an old shard does not count
@@ -137,7 +91,7 @@ class ShardWriter:
                 killed.unlink(missing_ok=True)
             self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), CODECS[codec].shard_options)
         except (OSError, RuntimeError) as e:
-            raise _cannot_write(self.path, e) from e
+            raise cannot_write(self.path, e) from e
 
     def add(self, study: Mapping[str, Any] | bytes) -> int:
         """Appends a study, or the bytes that `record.encode` made of it; returns its encoded size in bytes."""
@@ -166,7 +120,7 @@ class ShardWriter:
             self._writer.write(data)
         except RuntimeError as e:
             self.abort()
-            raise _cannot_write(self.path, e) from e
+            raise cannot_write(self.path, e) from e
         return len(data)
 
     def close(self) -> Path | None:
@@ -191,10 +145,10 @@ class ShardWriter:
                 "sha256": _sha256(self._temporary),
                 "rows": self.rows,
             }
-            _commit(self._temporary, self.path)
+            commit(self._temporary, self.path)
         except (RuntimeError, OSError) as e:
             self.abort()
-            raise _cannot_write(self.path, e) from e
+            raise cannot_write(self.path, e) from e
         try:
             write_file(self.path.with_suffix(".json"), json.dumps(sidecar).encode())
         except UserError:

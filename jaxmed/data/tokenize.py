@@ -15,7 +15,7 @@ from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from jaxmed.core.errors import UserError
-from jaxmed.data.shards import write_file
+from jaxmed.core.files import write_file
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 OVERFLOW = ("error", "truncate")

@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import write_file
 from jaxmed.data.record import Study
 from jaxmed.data.shards import split_ids
 from jaxmed.evals import features, scores
@@ -95,7 +96,7 @@ class Evaluator:
         if self._outdir is not None:
             self._outdir.mkdir(parents=True, exist_ok=True)
             content = {"auc": per_class, "meta": meta_table(metas, labels[self._split], self._classes)}
-            (self._outdir / "baselines.json").write_text(json.dumps(content, indent=1) + "\n")
+            write_file(self._outdir / "baselines.json", (json.dumps(content, indent=1) + "\n").encode())
         return values
 
     def _auc(self, x: Mapping[str, Array], labels: Mapping[str, Array]) -> dict[str, float]:

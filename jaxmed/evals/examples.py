@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.core.files import write_arrays
 from jaxmed.data.masks import from_runs
 from jaxmed.data.shards import Dataset
 
@@ -61,4 +62,4 @@ def collect(dataset: Dataset, ids: Sequence[int], *, slices: int = 3, scans: int
 
 def save(outdir: Path, dataset: Dataset, ids: Sequence[int]) -> None:
     outdir.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(outdir / NAME, **collect(dataset, ids))
+    write_arrays(outdir / NAME, collect(dataset, ids), compressed=True)

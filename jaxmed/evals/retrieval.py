@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln
 
+from jaxmed.core.files import write_file
 from jaxmed.evals import features, scores
 
 AT = (1, 5, 10)
@@ -74,7 +75,7 @@ class Evaluator:
             )
         self._outdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"step": step, "reports": len(report_of), "queries": queries}, indent=1)
-        (self._outdir / f"step-{step:08d}.json").write_text(text + "\n")
+        write_file(self._outdir / f"step-{step:08d}.json", (text + "\n").encode())
 
 
 def measure(ranks: Mapping[str, np.ndarray], counts: np.ndarray) -> dict[str, float]:

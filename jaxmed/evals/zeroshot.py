@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import write_arrays
 from jaxmed.data.tokenize import Tokenizer
 from jaxmed.evals import examples, features, intervals, prompts, scores
 
@@ -96,7 +97,7 @@ class Evaluator:
     def _write(self, step: int, ids, labels, values) -> None:
         self._outdir.mkdir(parents=True, exist_ok=True)
         columns = {"ids": ids, "labels": labels, "scores": values, "classes": np.array(self._names)}
-        np.savez(self._outdir / f"step-{step:08d}.npz", **columns)
+        write_arrays(self._outdir / f"step-{step:08d}.npz", columns)
         if self._examples and not (self._outdir / examples.NAME).exists():
             chosen = []
             for j in range(len(self._names)):

@@ -55,6 +55,13 @@ def make_tower(side: str, fields: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"config.model.{side}: {e}") from None
 
 
+def _as_wide(text: Mapping[str, Any], image_tower: nn.Module) -> Mapping[str, Any]:
+    """The text tower's fields; without `out_dim` it is as wide as the image tower, if that says its `features`."""
+    if "out_dim" in text or not hasattr(image_tower, "features"):
+        return text
+    return {**text, "out_dim": image_tower.features}
+
+
 def frozen(
     image: Mapping[str, Any],
     text: Mapping[str, Any],
@@ -81,7 +88,7 @@ def frozen(
     module = load("models", text["name"])
     if not hasattr(module, "lock_groups"):
         raise UserError(f"config.objective.lock_text: the text tower {text['name']!r} has no locks")
-    depth = make_tower("text", text).depth
+    depth = make_tower("text", _as_wide(text, make_tower("image", image))).depth
     options = dict(lock=lock_text, unlocked_layers=unlocked_text_layers, projection=not lock_text_projection)
     return (*groups, *module.lock_groups(depth, **options))
 
@@ -91,6 +98,7 @@ class Model(nn.Module):
 
     Attributes:
       image, text: {"name": module in jaxmed/models, "variant": one of its VARIANTS, or none, and fields that differ}.
+        The text tower's `out_dim` is the image tower's, if neither gives it.
       logit_scale_init: log of the scale that multiplies cosines; CLIP starts at ln(1/0.07), SigLIP at ln 10.
       logit_bias_init: initial value of `logit_bias`, or None for no such parameter. SigLIP's bias (-10), or the second
         log-scale of the dual objective (ln(1/0.07)): the published weights keep it under this name.
@@ -126,12 +134,13 @@ class Model(nn.Module):
         """
         out: dict[str, Array] = {}
         zimg = ztxt = None
+        tower = make_tower("image", self.image)
         if image is not None:
-            zimg, inner = make_tower("image", self.image)(image, scan_depths, train=train, draws=draws)
+            zimg, inner = tower(image, scan_depths, train=train, draws=draws)
             zimg = l2_normalize(zimg)
             out |= {f"image/{k}": v for k, v in inner.items()}
         if text is not None:
-            ztxt, inner = make_tower("text", self.text)(text, train=train)
+            ztxt, inner = make_tower("text", _as_wide(self.text, tower))(text, train=train)
             ztxt = l2_normalize(ztxt)
             out |= {f"text/{k}": v for k, v in inner.items()}
         if image is not None and text is not None and zimg.shape[-1] != ztxt.shape[-1]:

@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxmed.core.command import exit_code
 from jaxmed.core.errors import UserError
-from jaxmed.prep.files import is_full
 
 EPILOG = """\
 recipes (all their options: --list-recipes):
@@ -70,20 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """Runs the command in this process; returns the exit code."""
-    try:
-        return _vocab(argv[1:]) if argv[:1] == ["vocab"] else _prep(argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        if not is_full(e):
-            raise
-        where = e.filename or "the disk"
-        print(f"error: {where}: {e.strerror}; free space, then run the same command again", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+    return exit_code(_vocab, argv[1:]) if argv[:1] == ["vocab"] else exit_code(_prep, argv)
 
 
 def _prep(argv: list[str]) -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import is_full
 from jaxmed.data.record import DEFAULT_CODEC, encode
 from jaxmed.prep import recipes, scan
-from jaxmed.prep.files import is_full
 from jaxmed.prep.sources import SourceStudy
 
 # What the writing half refuses, besides `scan.REASONS`.

@@ -1,7 +1,6 @@
 """Places: files on disk and members of zips, opened on demand, and how a place may be written in a report."""
 
 import contextlib
-import errno
 import functools
 import gzip
 import io
@@ -144,11 +143,6 @@ def head(ref: FileRef, count: int) -> bytes:
             return data
     except Exception as e:  # OSError, BadZipFile, zlib.error, EOFError: whatever a damaged stream raises
         raise Rejected("unreadable", type(e).__name__) from None
-
-
-def is_full(error: BaseException) -> bool:
-    """Is this the disk being full (or a quota, or a size limit), which is no fault of any scan?"""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager

@@ -33,11 +33,11 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import is_full, write_file
 from jaxmed.data import shards
 from jaxmed.data.record import CODECS, DEFAULT_CODEC
 from jaxmed.prep import discover, headers, recipes, scan
 from jaxmed.prep.convert import REASONS, Converted, Job, convert, parse_split, where
-from jaxmed.prep.files import is_full
 from jaxmed.prep.pool import Died, Failed, Pool
 from jaxmed.prep.sources import find as find_in_source
 
@@ -308,7 +308,7 @@ def _same_run(out: Path, arguments: dict[str, Any]) -> None:
     if not begun:  # nothing that other arguments could contradict
         for part in path.parent.glob("part-*.json"):
             part.unlink()
-        shards.write_file(path, json.dumps(arguments, indent=1).encode())
+        write_file(path, json.dumps(arguments, indent=1).encode())
         return
     before = json.loads(path.read_text())
     different = [k for k in arguments if arguments[k] != before.get(k)]
@@ -372,7 +372,7 @@ def _write_shards(out: Path, job: Job, studies: Sequence, plan: Sequence[range],
                     part["rejects"] += result.rejects
                     part["notes"] += result.notes
                     bar.update()
-                shards.write_file(out / PRIVATE / f"part-{number:05d}.json", json.dumps(part).encode())
+                write_file(out / PRIVATE / f"part-{number:05d}.json", json.dumps(part).encode())
 
 
 def _settled(out: Path, study: scan.RawStudy, result: Any) -> Converted:
@@ -438,5 +438,5 @@ def _write_report(
         "rejects": rejects + [r for part in parts for r in part["rejects"]],
         "notes": notes + [n for part in parts for n in part["notes"]],
     }
-    shards.write_file(summary.report, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(summary.report, (json.dumps(content, indent=1) + "\n").encode())
     return summary

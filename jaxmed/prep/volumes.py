@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 
+from jaxmed.core.files import is_full
 from jaxmed.prep import frames, names
-from jaxmed.prep.files import head, is_full, on_disk
+from jaxmed.prep.files import head, on_disk
 from jaxmed.prep.scan import FileRef, RawScan, RawSeries, ReadOptions, Reject, Rejected
 from jaxmed.prep.stack import narrow, note, plane_name
 

@@ -99,8 +99,18 @@ def test_grid_and_names():
         "depth32_scans2",
     ]
     assert planning.grid({}) == [()]
-    [step] = planning.plan({"any": np.ones(3)}, np.arange(3), seed=0, epoch=0, buckets={}, batch_size=4).steps
+    kind = dict(seed=0, epoch=0, buckets={}, batch_size=4)
+    [step] = planning.plan({"any": np.ones(3)}, np.arange(3), multiple_of=4, **kind).steps
     assert step.bucket == () and sorted(step.ids) == [-1, 0, 1, 2]
+
+
+def test_few_records_make_small_batches_in_small_buckets():
+    sizes = {"scans": np.array([1, 1, 2])}
+    kind = dict(seed=0, epoch=0, buckets={"scans": (1, 2, 8)}, batch_size=64)
+    plan = planning.plan(sizes, np.arange(3), multiple_of=2, shuffle=False, **kind)
+    assert [(dict(s.bucket), s.ids.tolist()) for s in plan.steps] == [({"scans": 2}, [0, 1, 2, -1])]
+    with pytest.raises(UserError, match="do not fill one batch of 64"):
+        planning.plan(sizes, np.arange(3), drop_remainder=True, **kind)
 
 
 @pytest.mark.parametrize(

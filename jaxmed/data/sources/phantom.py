@@ -23,7 +23,9 @@ import numpy as np
 import threadpoolctl
 from tqdm import tqdm
 
+from jaxmed.core.command import exit_code
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import write_file
 from jaxmed.core.metrics import table
 from jaxmed.core.rng import np_rng
 from jaxmed.data import shards
@@ -293,7 +295,7 @@ def _begin(dir: Path, recipe: dict[str, Any]) -> bool:
         if found == recipe:
             return True
     elif not dir.exists() or not any(dir.glob("shard-*")):
-        shards.write_file(_made(dir) / note.name, (json.dumps(recipe, indent=1) + "\n").encode())
+        write_file(_made(dir) / note.name, (json.dumps(recipe, indent=1) + "\n").encode())
         return True
     else:
         found = {}
@@ -347,18 +349,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
-        if args.raw is None:
-            make(args.out, train=args.train, val=args.val, test=args.test, seed=args.seed)
-        else:
-            from jaxmed.data.sources.phantom_raw import write_raw
+    return exit_code(_make, args)
 
-            manifest = write_raw(args.out, args.raw, seed=args.seed)
-            print(f"next: python -m jaxmed.prep {args.out} --manifest={manifest} --recipe=hlip_brain_mri --out=DIR")
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+def _make(args) -> None:
+    if args.raw is None:
+        make(args.out, train=args.train, val=args.val, test=args.test, seed=args.seed)
+        return
+    from jaxmed.data.sources.phantom_raw import write_raw
+
+    manifest = write_raw(args.out, args.raw, seed=args.seed)
+    print(f"next: python -m jaxmed.prep {args.out} --manifest={manifest} --recipe=hlip_brain_mri --out=DIR")
 
 
 if __name__ == "__main__":
