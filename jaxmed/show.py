@@ -291,13 +291,15 @@ def show(dir: Path, out: Path, split: str | None = None, studies: int = 12) -> P
     """
     if out.suffix not in (".html", ".png"):
         raise UserError(f"--out={out}: give a name that ends in .html or .png")
+    if studies < 1:
+        raise UserError(f"--studies={studies}: give a number of at least 1")
+    if not (dir / shards.MANIFEST).exists() and not (dir / "metrics.jsonl").exists():
+        raise UserError(f"{dir} has neither {shards.MANIFEST} (a dataset) nor metrics.jsonl (a run)")
     out.parent.mkdir(parents=True, exist_ok=True)
     if (dir / shards.MANIFEST).exists():
         text, sheet = dataset_page(dir, split, studies)
         write_file(out, text.encode() if out.suffix == ".html" else pictures.png(sheet))
         return out
-    if not (dir / "metrics.jsonl").exists():
-        raise UserError(f"{dir} has neither {shards.MANIFEST} (a dataset) nor metrics.jsonl (a run)")
     if out.suffix == ".html":
         return report(dir, out)
     lines = metrics.read(dir)

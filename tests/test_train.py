@@ -112,6 +112,8 @@ class TestResume:
             ({"total_steps": 2, "input__batch_size": 16}, r"the shards or config\.input"),
             ({"total_steps": 4}, r"config\.total_steps differs"),
             ({"total_steps": 2, "seed": 4}, "differ"),
+            ({"total_steps": 2, "schedule__lr": 0.5}, r"config\.schedule\.lr differs \(.* there, 0\.5 here\)"),
+            ({"total_steps": 2, "optim__name": "sgd"}, r"config\.optim\."),
         ]:
             with pytest.raises(UserError, match=reason):
                 run(data, tmp_path, **changes)
@@ -228,6 +230,10 @@ class TestBadInput:
             ({"sharding": (("image", "fsdp"),)}, "no rule covers parameter 'text/kernel'"),
             ({"total_epochs": 2}, r"either config\.total_steps or config\.total_epochs"),
             ({"schedule__warmup_steps": 100}, "warm-up"),
+            ({"schedule__lr": -1.0}, "schedule.lr=-1.0: give a number of at least 0"),
+            ({"total_steps": -1}, "config.total_steps=-1: give a number of at least 0"),
+            ({"log__every_steps": 0}, "config.log.every_steps=0: give a number of at least 1"),
+            ({"ckpt__keep": 0}, "config.ckpt.keep=0: give a number of at least 1"),
             ({"init_from": "nowhere"}, "no checkpoint in"),
         ],
     )  # fmt: skip

@@ -6,8 +6,11 @@ renamed when whole: a run killed at any moment leaves only whole checkpoints.
 """
 
 import contextlib
+import functools
 import logging
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +109,7 @@ class Checkpoints:
             raise self._failed("write", self.latest, e) from e
 
     def _failed(self, verb: str, step, error: Exception) -> UserError:
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())
         full = any(s in text for s in ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large"))
         others = [c.step for c in self._orbax.checkpoints if c.step != step]
         if verb == "write":
@@ -116,7 +119,7 @@ class Checkpoints:
         else:
             fix = f"delete {self.directory / str(step)} to start again, or use another --workdir"
         return UserError(
-            f"checkpoint {self.directory / str(step)}: cannot {verb} it; {fix} ({type(error).__name__}: {text})"
+            f"checkpoint {self.directory / str(step)}: cannot {verb} it; {fix} ({type(error).__name__}: {text[:120]})"
         )
 
 
@@ -133,8 +136,24 @@ def _quiet():
     logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
+    except Exception:
+        _hush()
+        raise
     finally:
         logger.setLevel(level)
+
+
+@functools.cache
+def _hush() -> None:
+    """What orbax still had under way when reading failed complains later, from threads, that its event loop is gone."""
+    others = sys.unraisablehook
+
+    def hook(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            others(unraisable)
+
+    sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine .*_background_load. was never awaited", RuntimeWarning)
 
 
 def shapes(params) -> dict[str, list[int]]:
@@ -258,7 +277,7 @@ def _load(path: Path, part: str, abstract, *, some: bool = False) -> Any:
 
 
 def _unreadable(path: Path, part: str, error: Exception) -> UserError:
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:120]
     return UserError(f"checkpoint {path}: cannot read its {part} ({type(error).__name__}: {text})")
 
 

@@ -119,7 +119,8 @@ def find_studies(
     for word, pattern in named.items():
         matches = [(i, pattern.search(i.ref.shown)) for i in images] if pattern else []
         if matches and not any(m for _, m in matches):
-            raise UserError(f"--{word}={pattern.pattern}: matches no image, e.g. not {matches[0][0].ref.shown!r}")
+            example = Shower(salt, paths, identifiers)(matches[0][0].ref.shown)
+            raise UserError(f"--{word}={pattern.pattern}: matches no image, e.g. not {example!r}")
         for image, match in matches:
             image.words[word] = (match[1] if pattern.groups else match[0]) or "" if match else ""
     rows = [row for m in manifests for row in m.rows]
@@ -133,6 +134,12 @@ def find_studies(
             rejects.append(Reject(show(os.path.basename(at)), "no-images", "no image under this source", "source"))
     _match(images, manifests, sources)
     used = {id(row) for i in images for row in i.rows}
+    if images and rows and not used:
+        keys = [k for k in ("path", "volume", "uid", "accession", "bids") if any(getattr(r, k) for r in rows)]
+        raise UserError(
+            f"--manifest={', '.join(m.path for m in manifests)}: none of its {len(rows)} rows fits any of the "
+            f"{len(images)} images (looked for by {', '.join(keys)}; a path is relative to the manifest or to a source)"
+        )
     studies, joined = _group(images, salt, show, bool(manifests))
     rejects += joined
     for row in rows:
@@ -322,6 +329,8 @@ def _participants(images: list[_Image], refs: list[FileRef], show: Shower) -> li
         at = columns.index("participant_id")
         for line in lines[1:]:
             cells = line.split("\t")
-            if len(cells) > at and cells[at].strip() and cells[at].strip() not in present[root]:
-                rejects.append(Reject(show(ref.shown), "no-images", f"no image of {cells[at].strip()}", "participant"))
+            name = cells[at].strip() if len(cells) > at else ""
+            if name and name not in present[root]:
+                detail = f"no image of {show.patient(name)}"
+                rejects.append(Reject(show(ref.shown), "no-images", detail, "participant"))
     return rejects

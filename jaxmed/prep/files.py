@@ -30,6 +30,7 @@ def walk(sources: Sequence[str | Path]) -> Iterator[FileRef | tuple[FileRef, Rej
       UserError: a source does not exist.
     """
     used: dict[str, int] = {}
+    known_folders = [Path(source).resolve() for source in sources]
     for source in sources:
         root = Path(source)
         if not root.exists():
@@ -40,13 +41,18 @@ def walk(sources: Sequence[str | Path]) -> Iterator[FileRef | tuple[FileRef, Rej
         if root.is_file():
             yield from _file(root, base)
             continue
-        for folder, subfolders, names in os.walk(root, followlinks=False):
+        for folder, subfolders, names in os.walk(root, followlinks=True):
             subfolders.sort()
             here = Path(folder)
             for name in list(subfolders):
-                if (here / name).is_symlink():
+                if not (here / name).is_symlink():
+                    continue
+                target = (here / name).resolve()
+                if any(target.is_relative_to(known) for known in known_folders):
+                    subfolders.remove(name)
                     ref = FileRef(str(here / name), "", "/".join((base, *(here / name).relative_to(root).parts)))
-                    yield ref, Rejected("unreadable", "a link to a folder; name the folder itself as a source")
+                    yield ref, Rejected("unreadable", "a link to a folder that is read anyway")
+                known_folders.append(target)
             for name in sorted(names):
                 yield from _file(here / name, "/".join((base, *(here / name).relative_to(root).parts)))
 
@@ -193,11 +199,18 @@ class Shower:
             return shown
         return "/".join(self._component(c) for c in shown.split("/"))
 
+    def patient(self, text: str) -> str:
+        """A patient's own name or number: hidden unless everything is kept."""
+        return text if self.mode == "keep" else self._hidden(text)
+
     def _component(self, text: str) -> str:
         if self.mode == "hash" or UID.search(text) or DATE.search(text) or self._known(text):
             ending = re.search(r"(?:\.[A-Za-z]\w{0,5}){0,2}!?$", text)
-            return "~" + salted_hash(self.salt, "path", text)[:8] + (ending.group() if ending else "")
+            return self._hidden(text) + (ending.group() if ending else "")
         return text
+
+    def _hidden(self, text: str) -> str:
+        return "~" + salted_hash(self.salt, "path", text)[:8]
 
     def _known(self, text: str) -> bool:
         words = re.findall(r"[^\W_]+", text.lower())

@@ -77,7 +77,7 @@ def guess(
     if modality in _CODES:
         return _CODES[modality]
     if modality == "CT":
-        return "cta" if re.search(_WORDS[-3][1], text) else "ct"
+        return "cta" if re.search(dict(_WORDS)["cta"], text) else "ct"
     if modality not in ("MR", ""):
         return "unknown"
     if "ADC" in kinds:

@@ -107,7 +107,8 @@ def test_evaluation_is_one_ordered_pass_of_whole_studies(dataset_dir, vocab):
 
 
 def test_padding_rows_are_empty(dataset_dir, vocab):
-    [(_, batch)] = take(make(dataset_dir, vocab, split="val", train=False, batch_size=16, multiple_of=16, classes=("third",)))[-1:]
+    rows = dict(batch_size=16, multiple_of=16)
+    [(_, batch)] = take(make(dataset_dir, vocab, split="val", train=False, classes=("third",), **rows))[-1:]
     empty = batch["_id"] == PAD
     assert empty.sum() == 9 and (batch["_mask"] == ~empty).all()
     assert not any(batch[k][empty].any() for k in ("image", "scan_depths", "text", "sentence"))

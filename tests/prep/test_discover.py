@@ -154,6 +154,7 @@ def test_bids_tree(tmp_path):
         ("participants.tsv", "sidecar", "file"),
         ("participants.tsv", "no-images", "participant"),
     }
+    assert "sub-03" not in repr(rejects)
     kept, _ = find_studies([tmp_path / "bids"], salt=SALT, skip_names="")
     assert sum(len(s.series) for s in kept) == 5
 
@@ -178,6 +179,9 @@ def test_a_folder_is_a_study_unless_the_manifest_says_otherwise(tmp_path):
         ("m.csv:6", "row-without-study", "manifest"),
         (by_split[""].key, "study-without-row", "study"),
     }
+    manifest.write_text("path,report\nelsewhere/a.nii,One.\n")
+    with pytest.raises(UserError, match=r"m\.csv: none of its 1 rows fits any of the 6 images \(looked for by path"):
+        find_studies([tmp_path / "in"], salt=SALT, manifest=manifest)
 
 
 def test_manifest_finds_dicom_by_uid_accession_and_path(tmp_path):
@@ -379,6 +383,10 @@ def test_links_and_lost_rights(tmp_path):
     two_studies(tmp_path / "in")
     os.symlink(tmp_path / "nothing", tmp_path / "in" / "dangling")
     os.symlink(tmp_path / "in", tmp_path / "in" / "loop")
+    two_studies(tmp_path / "elsewhere")
+    (tmp_path / "linked").mkdir()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "linked" / "all")
+    assert len(find_studies([tmp_path / "linked"], salt=SALT)[0]) == 2
     studies, rejects = find_studies([tmp_path / "in"], salt=SALT)
     assert len(studies) == 2 and {(r.path, r.reason) for r in rejects} == {
         ("in/dangling", "unreadable"),
