@@ -7,7 +7,7 @@ import numpy as np
 CORES = 2
 # HLIP with the trunk of ViT-S. Scans of half the published size in every direction: some seconds per step on 2 cores.
 IMAGE = {
-    "width": 384, "heads": 6, "depth": 12, "levels": ("scan", "scan", "study"), "img_size": (24, 112, 112),
+    "width": 384, "heads": 6, "depth": 12, "levels": ("scan", "scan", "study"), "img_size": (24, 96, 96),
     "patch": (8, 16, 16), "out_dim": 384, "posemb_init": "1d2d",
 }  # fmt: skip
 TEXT = {
@@ -20,7 +20,7 @@ OPTIM = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
 BATCH = 8
 SCANS = (2, 8)  # of a ragged study: uniform
 BUCKETS = (2, 3, 4, 5, 6, 7, 8)
-STUDIES = {"ragged": 64, "equal": 16}  # of one measurement
+STUDIES = {"ragged": 48, "equal": 16}  # of one measurement
 KINDS = tuple(STUDIES)
 LOAD_BATCH = 2
 
