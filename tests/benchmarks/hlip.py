@@ -5,6 +5,7 @@ Both sides run on the same cores in processes of their own and take turns; media
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -15,6 +16,7 @@ from tests.benchmarks import work
 from tests.benchmarks.worker import Worker
 
 OURS, PEER = "tests.benchmarks.jaxmed_hlip", "tests.benchmarks.torch_hlip"
+CODECS = ("zstd", "lz4")
 # Name -> fields of both towers. The first one is the default of the library on a CPU.
 FORMS = {
     "chunked": {},
@@ -95,33 +97,35 @@ def inputs(args, folder: str) -> list[dict]:
 
     rows = []
     for name in volumes.KINDS:
-        made = volumes.write(name, f"{folder}/{name}")
-        job = {k: made[k] for k in ("folder", "scans", "depth", "files")}
-        sides = {"jaxmed": Worker(OURS, kind="load", **job), "peer": Worker(PEER, kind="load", **job)}
-        with sides["jaxmed"], sides["peer"]:
+        made = volumes.write(name, f"{folder}/{name}", CODECS)
+        job = {"scans": made["scans"], "depth": made["depth"]}
+        with contextlib.ExitStack() as stack:
+            sides = {c: Worker(OURS, kind="load", folder=f"{made['folder']}/{c}", **job) for c in CODECS}
+            sides["peer"] = Worker(PEER, kind="load", files=made["files"])
             for side in sides.values():
+                stack.enter_context(side)
                 side.ask("timed", epochs=1)
-            found = {name: [] for name in sides}
+            found = {side: [] for side in sides}
             for _ in range(args.repeats):
                 for side, worker in sides.items():
                     found[side].append(worker.ask("timed", epochs=args.epochs))
-        studies = args.epochs * len(made["files"])
-        row = {"volumes": name, "load": os.getloadavg()[0], "scans": made["scans"], "smaller": made["pt"] / made["shards"]}
+        tens = args.epochs * len(made["files"]) * made["scans"] / 10
+        row = {"volumes": name, "load": os.getloadavg()[0]}
         for side, answers in found.items():
             row[side] = {
-                "cpu_seconds_per_10_scans": statistics.median(a["cpu_seconds"] for a in answers)
-                / (studies * made["scans"] / 10),
+                "cpu_seconds_per_10_scans": statistics.median(a["cpu_seconds"] for a in answers) / tens,
                 "gb_per_second": statistics.median(a["value"] / a["seconds"] for a in answers) / 1e9,
+                "times_smaller": made["pt"] / made["shards"].get(side, made["pt"]),
             }
         rows.append(row)
-        a, b = row["jaxmed"], row["peer"]
-        print(
-            f"{name}: jaxmed {a['cpu_seconds_per_10_scans']:.4f} CPU-s per 10 scans, {a['gb_per_second']:.2f} GB/s; "
-            f"peer {b['cpu_seconds_per_10_scans']:.4f} CPU-s, {b['gb_per_second']:.2f} GB/s; "
-            f"x{a['cpu_seconds_per_10_scans'] / b['cpu_seconds_per_10_scans']:.3f} of its CPU; "
-            f"files {row['smaller']:.2f} times smaller than uint8 .pt; load {row['load']:.1f}",
-            flush=True,
-        )
+        print(f"\n{name}, from files to batches on the device (load {row['load']:.1f})")
+        for side, x in ((k, v) for k, v in row.items() if isinstance(v, dict)):
+            share = x["cpu_seconds_per_10_scans"] / row["peer"]["cpu_seconds_per_10_scans"]
+            print(
+                f"  {side:4} {x['cpu_seconds_per_10_scans']:.4f} CPU-s per 10 scans (x{share:.2f} of the peer), "
+                f"{x['gb_per_second']:.2f} GB/s of voxels, files {x['times_smaller']:.2f} times smaller than uint8 .pt",
+                flush=True,
+            )
     return rows
 
 

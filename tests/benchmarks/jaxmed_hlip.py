@@ -77,7 +77,7 @@ class Trainer:
 
     def check(self, file: str) -> None:
         """Writes our weights, one batch, and what we make of it."""
-        [(bucket, batch)] = self._batches("equal", 0)[:1]
+        [(_, batch)] = self._batches("equal", 0)[:1]
         params = self.state["params"]
 
         def loss_fn(params, batch):

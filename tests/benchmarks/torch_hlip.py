@@ -150,7 +150,9 @@ class Trainer:
         missing = [k for k in missing if "position_ids" not in k and "token_type_ids" not in k]
         if missing or unexpected:
             raise ValueError(f"weights: missing {missing}, unexpected {unexpected}")
-        image, text = self.model(normalise(torch.from_numpy(other["image"]))[:, :, None], torch.from_numpy(other["text"]).long())
+        image, text = self.model(
+            normalise(torch.from_numpy(other["image"]))[:, :, None], torch.from_numpy(other["text"]).long()
+        )
         loss = self.model.loss(image, text)
         loss.backward()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]

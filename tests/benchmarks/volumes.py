@@ -1,5 +1,6 @@
 """Real volumes as both sides store them: prepared by the recipes into shards, and the same voxels as uint8 `.pt`."""
 
+import contextlib
 import shutil
 import sys
 import tarfile
@@ -15,7 +16,7 @@ STUDIES, SCANS = 8, 10
 KINDS = ("t1", "head_ct")
 
 
-def write(kind: str, folder: str) -> dict:
+def write(kind: str, folder: str, codecs) -> dict:
     """Eight studies of ten scans of 48 x 224 x 224. No public package has so many: a study is ten times the scan that
     the recipe makes (head CT: its three windows in turn), each shifted by some rows so that no two scans are equal.
     """
@@ -34,7 +35,8 @@ def write(kind: str, folder: str) -> dict:
         sys.exit("the recipe failed")
     [study] = shards.open_dataset(folder / "prepared").read([0])
     files, n = [], 0
-    with shards.ShardWriter(folder / "shards", 0) as writer:
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(shards.ShardWriter(folder / c, 0, c)) for c in codecs]
         for i in range(STUDIES):
             scans, paths = [], []
             for k in range(SCANS):
@@ -43,16 +45,18 @@ def write(kind: str, folder: str) -> dict:
                 scans.append(one)
                 paths.append(str(folder / f"{i}_{k}.pt"))
                 torch.save(torch.from_numpy(one["voxels"]), paths[-1])
-            writer.add({"key": str(i), "scans": scans, "sentences": [], "split": "train"})
+            for writer in writers:
+                writer.add({"key": str(i), "scans": scans, "sentences": [], "split": "train"})
             files.append(paths)
-    shards.finish(folder / "shards", kind)
+    for codec in codecs:
+        shards.finish(folder / codec, kind)
     return {
-        "folder": str(folder / "shards"),
+        "folder": str(folder),
         "files": files,
         "scans": SCANS,
         "depth": scans[0]["voxels"].shape[0],
         "pt": sum(Path(p).stat().st_size for paths in files for p in paths),
-        "shards": sum(p.stat().st_size for p in (folder / "shards").glob("*.array_record")),
+        "shards": {c: sum(p.stat().st_size for p in (folder / c).glob("*.array_record")) for c in codecs},
     }
 
 
