@@ -158,6 +158,7 @@ class Trainer:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.sqrt(sum((g * g).sum() for g in grads)))
         self.optimiser.zero_grad()
+        image, text, loss = (x.detach() for x in (image, text, loss))
         return {
             "features": max(
                 float((image - torch.from_numpy(other["zimg"])).abs().max()),
@@ -183,7 +184,7 @@ class Trainer:
         return loss
 
     def finish(self, loss) -> float:
-        return float(loss)
+        return float(loss.detach())
 
 
 # ---- Loading.
