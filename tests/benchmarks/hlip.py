@@ -69,6 +69,7 @@ def _measure(ours: Worker, peer: Worker, repeats: int, about: dict) -> list[dict
                 "studies_per_second": statistics.median(n / sum(a["seconds"]) for a in found),
                 "studies_per_cpu_second": statistics.median(n / a["cpu_seconds"] for a in found),
                 "peak_gb": max(a["peak_bytes"] for a in found) / 1e9,
+                "build_gb": found[0]["built_peak_bytes"] / 1e9,
                 "steps": len(found[0]["seconds"]),
             }
         rows.append(row)
@@ -87,7 +88,7 @@ def _print_pair(rows: list[dict]) -> None:
             f"peer {b['studies_per_second']:.2f} studies/s, {b['peak_gb']:.1f} GB; speed x"
             f"{a['studies_per_second'] / b['studies_per_second']:.2f} (by CPU time x"
             f"{a['studies_per_cpu_second'] / b['studies_per_cpu_second']:.2f}), memory x"
-            f"{a['peak_gb'] / b['peak_gb']:.2f}; load {row['load']:.1f}",
+            f"{a['peak_gb'] / b['peak_gb']:.2f} (while compiling {a['build_gb']:.1f} GB); load {row['load']:.1f}",
             flush=True,
         )
 
