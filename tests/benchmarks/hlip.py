@@ -39,14 +39,12 @@ def train(args, folder: str) -> list[dict]:
         for form, tower in forms.items():
             if dtype != "float32" and form != next(iter(forms)):
                 continue
-            with (
-                Worker(OURS, kind="train", folder=folder, dtype=dtype, tower=tower) as ours,
-                Worker(PEER, kind="train", dtype=dtype) as peer,
-            ):
-                file = f"{folder}/check.npz"
-                ours.ask("check", file=file)
-                error = peer.ask("check", file=file)
-                print(f"\n{dtype}, {form}: largest difference to the peer: " + _numbers(error), flush=True)
+            job = {"kind": "train", "folder": folder, "dtype": dtype, "tower": tower}
+            with Worker(OURS, **job) as ours, Worker(PEER, **job) as peer:
+                ours.ask("check", file=f"{folder}/check.npz")
+                error = peer.ask("check", file=f"{folder}/check.npz")
+            print(f"\n{dtype}, {form}: largest difference to the peer: " + _numbers(error), flush=True)
+            with Worker(OURS, **job) as ours, Worker(PEER, **job) as peer:
                 rows += _measure(ours, peer, args.repeats, {"dtype": dtype, "form": form, "difference": error})
             _print_pair(rows[-2:])
     return rows
@@ -55,6 +53,7 @@ def train(args, folder: str) -> list[dict]:
 def _measure(ours: Worker, peer: Worker, repeats: int, about: dict) -> list[dict]:
     sides = {"jaxmed": ours, "peer": peer}
     for side in sides.values():
+        side.ask("build")
         side.ask("epoch", kind="equal", epoch=0, warm=True)
     rows = []
     for kind in work.KINDS:

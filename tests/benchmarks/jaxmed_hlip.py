@@ -69,10 +69,11 @@ class Trainer:
         self.rng = jax.device_put(rng_loop, everywhere)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.state, shardings)
         update_fn = train.make_update_fn(self.objective, tx, rate)
-        self.update = train.compile_buckets(update_fn, abstract, shardings, spec, self.rng, self.mesh)
+        self._compile = lambda: train.compile_buckets(update_fn, abstract, shardings, spec, self.rng, self.mesh)
 
-    def memory(self) -> dict:
-        """What the compiler says that the step of every bucket needs beside its arguments, bytes."""
+    def build(self) -> dict:
+        """Compiles; what the step of every bucket needs beside its arguments, bytes, as the compiler says."""
+        self.update = self._compile()
         return {dict(b)["scans"]: f.memory_analysis().temp_size_in_bytes for b, f in self.update.items()}
 
     def check(self, file: str) -> None:

@@ -168,6 +168,9 @@ class Trainer:
             "grad_norm": abs(norm - float(other["grad_norm"])) / norm,
         }
 
+    def build(self) -> None:
+        """Nothing is compiled."""
+
     def prepare(self, kind: str, epoch: int) -> list:
         studies = work.studies(kind)
         order = np.random.default_rng((1, epoch)).permutation(len(studies))

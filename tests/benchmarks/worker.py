@@ -36,8 +36,7 @@ def serve(job: str, kinds) -> None:
     imports = resident("VmRSS")
     settings = json.loads(job)
     side = kinds[settings["kind"]](settings)
-    built = resident() - imports
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: from here on it is that of the work itself
+    built = 0
     for line in sys.stdin:
         request = json.loads(line)
         do = request.pop("do")
@@ -47,6 +46,9 @@ def serve(job: str, kinds) -> None:
             answer = _timed(side.run, **request)
         else:
             answer = getattr(side, do)(**request)
+        if do == "build":
+            built = resident() - imports
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: now it is that of the work itself
         if do == "epoch":
             answer |= {"peak_bytes": resident() - imports, "built_peak_bytes": built}
         answers.write(json.dumps(answer) + "\n")
