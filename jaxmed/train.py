@@ -130,23 +130,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     frozen = factors.get("0.0", 0)
     say(f"{num_params:,} parameters, of which {frozen:,} frozen; {total_steps} steps in {len(stream.spec)} bucket(s)")
 
-    # ---- Update: the only place where parameters change.
-    def update_fn(train_state, batch, rng):
-        params, opt, aux, step = (train_state[k] for k in ("params", "opt", "aux", "step"))
-        (loss, (aux, measurements)), grads = accumulate.value_and_grad(
-            objective, params, aux, batch, step_rng(rng, step), step, microbatches=microbatches
-        )
-        updates, opt = tx.update(grads, opt, params)
-        params = optax.apply_updates(params, updates)
-        params, aux = objective.after_update(params, aux, step)
-        measurements = {
-            **measurements,
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
-            "learning_rate": rate(step),
-        }
-        return {"params": params, "opt": opt, "aux": aux, "step": step + 1}, measurements
+    update_fn = make_update_fn(objective, tx, rate, microbatches)
 
     # ---- Evaluators know predict functions, never a model.
     predict_fns = {
@@ -282,6 +266,30 @@ def plain(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[prefix + key] = json.loads(json.dumps(value, default=str))
     return values
+
+
+def make_update_fn(objective, tx, rate, microbatches: int = 1) -> Callable:
+    """One training step, (train_state, batch, rng) -> (train_state, measurements): the only place where parameters
+    change."""
+
+    def update_fn(train_state, batch, rng):
+        params, opt, aux, step = (train_state[k] for k in ("params", "opt", "aux", "step"))
+        (loss, (aux, measurements)), grads = accumulate.value_and_grad(
+            objective, params, aux, batch, step_rng(rng, step), step, microbatches=microbatches
+        )
+        updates, opt = tx.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        params, aux = objective.after_update(params, aux, step)
+        measurements = {
+            **measurements,
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "learning_rate": rate(step),
+        }
+        return {"params": params, "opt": opt, "aux": aux, "step": step + 1}, measurements
+
+    return update_fn
 
 
 def compile_buckets(update_fn, abstract_state, state_shardings, specs, rng, mesh) -> dict[Any, Callable]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmed.core.errors import UserError
 from jaxmed.core.sharding import constrain
 from jaxmed.models.layers.attention import IMPLS, attend
+from jaxmed.models.layers.lean import LayerNorm, gelu
 from jaxmed.models.layers.lora import Linear, uniform_fan_in
 
 _BASE = dict(vocab_size=30_522, width=768, depth=12, heads=12, mlp_width=3072, max_positions=512)
@@ -58,7 +59,7 @@ class Block(nn.Module):
             rank = self.lora_rank if name in self.lora_targets else 0
             return Linear(features, rank=rank, alpha=self.lora_alpha, dtype=self.dtype, name=name)
 
-        norm = partial(nn.LayerNorm, epsilon=1e-12, use_fast_variance=False, dtype=jnp.float32)
+        norm = partial(LayerNorm, epsilon=1e-12)
         dropout = nn.Dropout(self.hidden_dropout, deterministic=not train)
 
         def split(y):
@@ -71,7 +72,7 @@ class Block(nn.Module):
             y = attend(q, k, v, mask=keep, impl=self.attn_impl)
         y = dropout(linear("out", e)(y.reshape(b, t, e)))
         x = norm(name="attention_norm")(x + y).astype(self.dtype)
-        y = constrain(nn.gelu(linear("fc1", self.mlp_width)(x), approximate=False), "batch", None, "mlp")
+        y = constrain(gelu(linear("fc1", self.mlp_width)(x)), "batch", None, "mlp")
         y = dropout(linear("fc2", e)(y))
         return constrain(norm(name="mlp_norm")(x + y).astype(self.dtype), "batch", None, "embed")
 
@@ -216,7 +217,7 @@ class Model(nn.Module):
         positions = self.param("position_embeddings", init, (self.max_positions, self.width))
         types = self.param("type_embeddings", init, (2, self.width))
         x = jnp.take(words, ids, axis=0) + (positions[: ids.shape[1]] + types[:1])[None]
-        x = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False, dtype=jnp.float32, name="embeddings_norm")(x)
+        x = LayerNorm(epsilon=1e-12, name="embeddings_norm")(x)
         return nn.Dropout(self.hidden_dropout, deterministic=not train)(x)
 
     def _pool(self, x: Float[Array, "b t e"], keep: Bool[Array, "b t"]) -> Float[Array, "b e"]:
@@ -236,7 +237,7 @@ class Model(nn.Module):
             x = linear(self.out_dim, name="proj")(x)
         elif self.projection == "mlp":
             x = linear((self.width + self.out_dim) // 2, name="proj_0")(x)
-            x = linear(self.out_dim, name="proj_1")(nn.gelu(x, approximate=False))
+            x = linear(self.out_dim, name="proj_1")(gelu(x))
         return x
 
 

@@ -62,11 +62,12 @@ def run(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     monkeypatch.setattr(attention, "CUDNN_BYTES", (2, 4))
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 2 * 37 * 37 * 4)  # three chunks of two heads
     monkeypatch.setattr(pallas, "pallas_call", functools.partial(pallas.pallas_call, interpret=True))
     return attention.attend
 
 
-@pytest.mark.parametrize("impl", ["xla", "cudnn", "flash_tpu"])
+@pytest.mark.parametrize("impl", ["xla", "chunked", "cudnn", "flash_tpu"])
 @pytest.mark.parametrize("case", ["all", "mask", "cross", "lengths", "segments", "both", "pairs", "blocks"])
 def test_implementations_agree(case, impl, run):
     (q, k, v), kw, keep = arguments(case, np.random.default_rng(0))
@@ -80,7 +81,7 @@ def test_implementations_agree(case, impl, run):
     np.testing.assert_allclose(out, naive(q, k, v, keep), atol=3e-6)
 
 
-@pytest.mark.parametrize("impl", ["cudnn", "flash_tpu"])
+@pytest.mark.parametrize("impl", ["chunked", "cudnn", "flash_tpu"])
 def test_gradients_agree(impl, run):
     (q, k, v), kw, _ = arguments("mask", np.random.default_rng(1))
     weight = np.random.default_rng(2).standard_normal(q.shape, dtype=np.float32)
@@ -148,4 +149,4 @@ def test_unknown_or_impossible_implementation():
         attention.attend(q, q, q, impl="flash")
     with pytest.raises(UserError, match="bfloat16"):
         attention.attend(q, q, q, impl="cudnn")
-    assert attention.pick("auto", 5000, jnp.float32) == "xla"
+    assert attention.pick("auto", 5000, jnp.float32) == "chunked"

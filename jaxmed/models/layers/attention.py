@@ -6,6 +6,7 @@ gives zeros.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmed.core.errors import UserError
 from jaxmed.core.sharding import BATCH_AXES
 
-IMPLS = ("auto", "xla", "cudnn", "flash_tpu")
+IMPLS = ("auto", "xla", "chunked", "cudnn", "flash_tpu")
 # Finite, so that a fully masked row has a gradient (zero) instead of not-a-number.
 MASKED = -1e30
 # Below this many tokens the flash kernel's padding costs more than the matrix of weights.
@@ -22,10 +23,12 @@ FLASH_MIN_TOKENS = 512
 TPU_LANES = 128
 CUDNN_MULTIPLE = 64
 CUDNN_BYTES = (2,)  # per number: it has no float32
+# Weights that "chunked" makes at once: what a core's cache holds.
+CHUNK_BYTES = 8 << 20
 
 
 def pick(impl: str, tokens: int, dtype) -> str:
-    """What "auto" means here: flash kernels where the backend has them and they pay, plain XLA elsewhere."""
+    """What "auto" means here: flash kernels where the backend has them and they pay, "chunked" on CPUs, else XLA."""
     if impl not in IMPLS:
         raise UserError(f"attn_impl: {impl!r} is not one of {', '.join(IMPLS)}")
     if impl != "auto":
@@ -35,7 +38,7 @@ def pick(impl: str, tokens: int, dtype) -> str:
         return "flash_tpu"
     if backend == "gpu" and jnp.dtype(dtype).itemsize in CUDNN_BYTES:
         return "cudnn"
-    return "xla"
+    return "chunked" if backend == "cpu" else "xla"
 
 
 def attend(
@@ -54,7 +57,8 @@ def attend(
       mask: 1 = this key may be seen; by key (b m), or by query and key (b n m; not with "flash_tpu").
       lengths: keys from this one on are padding.
       segment_ids: queries see only keys of their own segment (self-attention: n = m).
-      impl: "xla" everywhere; "cudnn" on NVIDIA GPUs in 16 bit; "flash_tpu" on TPUs; "auto" picks.
+      impl: "xla" and "chunked" (no matrix of weights is kept; slower where it would fit) everywhere; "cudnn" on NVIDIA
+        GPUs in 16 bit; "flash_tpu" on TPUs; "auto" picks.
 
     Raises:
       UserError: an unknown `impl`, or one that cannot do what is asked.
@@ -76,7 +80,9 @@ def attend(
     keep = None if by_key is None else by_key[:, None, :]
     if pairs is not None:
         keep = pairs if keep is None else keep & pairs
-    if impl == "xla":
+    if impl == "chunked" and pairs is None:
+        out = _chunked(q, k, v, by_key)
+    elif impl in ("xla", "chunked"):
         out = _xla(q, k, v, keep)[0]
     elif impl == "cudnn":
         out = _cudnn(q, k, v, keep)
@@ -102,18 +108,96 @@ def _xla(q, k, v, keep, add=None):
     """Heads folded into the batch axis: three plain batched matrix products."""
     b, n, a, width = q.shape
     m = k.shape[1]
-
-    def fold(x):
-        return x.transpose(0, 2, 1, 3).reshape(b * a, x.shape[1], width)
-
-    logits = jnp.einsum("gnk,gmk->gnm", fold(q * width**-0.5), fold(k), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("gnk,gmk->gnm", _fold(q * width**-0.5), _fold(k), preferred_element_type=jnp.float32)
     if keep is not None:
         logits = jnp.where(keep[:, None], logits.reshape(b, a, n, m), MASKED).reshape(b * a, n, m)
     weights = jax.nn.softmax(logits, axis=-1)
     if add is not None:
         weights = weights + add.reshape(b * a, n, m)
-    out = jnp.einsum("gnm,gmk->gnk", weights.astype(v.dtype), fold(v))
+    out = jnp.einsum("gnm,gmk->gnk", weights.astype(v.dtype), _fold(v))
     return out.reshape(b, a, n, width).transpose(0, 2, 1, 3), weights.reshape(b, a, n, m)
+
+
+def _fold(x):
+    """(b, n, a, k) -> (b a, n, k)"""
+    return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _chunked(q, k, v, by_key):
+    """As `_xla`, some heads after the other, and the backward pass makes the weights again (as flash attention does):
+    they stay in the cache, and memory is linear in the tokens."""
+    b, n, a, width = q.shape
+    bias = None
+    if by_key is not None:
+        bias = jnp.repeat(jnp.where(by_key, 0.0, MASKED).astype(jnp.float32), a, axis=0)[:, None]
+    out = _chunked_heads(_fold(q * width**-0.5), _fold(k), _fold(v), bias)
+    return out.reshape(b, a, n, width).transpose(0, 2, 1, 3)
+
+
+def _heads_at_once(g: int, n: int, m: int) -> int:
+    """How many of the `g` heads (a divisor of g); all of them on a mesh, where chunks would cut across devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if (not mesh.empty and mesh.size > 1) or g * n * m * 4 <= 2 * CHUNK_BYTES:
+        return g
+    return max(c for c in range(1, g + 1) if g % c == 0 and (c == 1 or c * n * m * 4 <= CHUNK_BYTES))
+
+
+def _over_heads(f, q, k, *rest):
+    g, chunk = q.shape[0], _heads_at_once(q.shape[0], q.shape[1], k.shape[1])
+    if chunk == g:
+        return f(q, k, *rest)
+    split = jax.tree.map(lambda x: x.reshape(g // chunk, chunk, *x.shape[1:]), (q, k, *rest))
+    return jax.tree.map(lambda y: y.reshape(g, *y.shape[2:]), jax.lax.map(lambda x: f(*x), split))
+
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _logits(q, k, bias):
+    logits = _product("gnk,gmk->gnm", q, k)
+    return logits if bias is None else logits + bias
+
+
+def _heads_forward(q, k, v, bias):
+    """Values, and the log of the sum of exponentials of every row."""
+
+    def some(q, k, v, bias):
+        logits = _logits(q, k, bias)
+        top = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - top)
+        total = weights.sum(-1, keepdims=True)
+        out = _product("gnm,gmk->gnk", weights.astype(v.dtype), v) / total
+        return out.astype(v.dtype), top + jnp.log(total)
+
+    return _over_heads(some, q, k, v, bias)
+
+
+@jax.custom_vjp
+def _chunked_heads(q, k, v, bias):
+    return _heads_forward(q, k, v, bias)[0]
+
+
+def _chunked_forward(q, k, v, bias):
+    out, total = _heads_forward(q, k, v, bias)
+    return out, (q, k, v, bias, out, total)
+
+
+def _chunked_backward(saved, d_out):
+    q, k, v, bias, out, total = saved
+
+    def some(q, k, v, bias, total, delta, d_out):
+        weights = jnp.exp(_logits(q, k, bias) - total)
+        d_weights = _product("gnk,gmk->gnm", d_out, v)
+        d_logits = (weights * (d_weights - delta)).astype(q.dtype)
+        d_q = _product("gnm,gmk->gnk", d_logits, k).astype(q.dtype)
+        d_k = _product("gnm,gnk->gmk", d_logits, q).astype(k.dtype)
+        return d_q, d_k, _product("gnm,gnk->gmk", weights.astype(v.dtype), d_out).astype(v.dtype)
+
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1, keepdims=True)
+    return *_over_heads(some, q, k, v, bias, total, delta, d_out), None
+
+
+_chunked_heads.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _pad_tokens(x, to: int, axis: int):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmed.core.sharding import constrain
 from jaxmed.models.layers.attention import attend, attend_with_weights
+from jaxmed.models.layers.lean import LayerNorm, gelu
 from jaxmed.models.layers.posemb import rotate
 
 # PyTorch's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations: a plain normal.
@@ -16,9 +17,8 @@ INIT_STD = 0.02
 KERNEL_INIT = nn.initializers.normal(INIT_STD)
 
 
-def layer_norm(eps: float, dtype, name: str) -> nn.LayerNorm:
-    """Two-pass statistics in float32 (the fast formula loses digits on inputs far from zero)."""
-    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
+def layer_norm(eps: float, dtype, name: str) -> LayerNorm:
+    return LayerNorm(epsilon=eps, dtype=dtype, name=name)
 
 
 def torch_uniform(fan_in: int):
@@ -38,7 +38,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
         width, init = x.shape[-1], nn.initializers.normal(self.init_std)
         x = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="fc1")(x)
-        x = nn.gelu(x, approximate=False)
+        x = gelu(x)
         return nn.Dense(width, kernel_init=init, dtype=self.dtype, name="fc2")(x)
 
 
