@@ -109,10 +109,10 @@ def small(runlocal):
     c = ConfigDict()
     c.title = "HLIP on phantoms (synthetic)"
     c.seed = 0
-    c.total_steps = 2 if runlocal else 1200
+    c.total_steps = 2 if runlocal else 1000
 
     folder = "runs/phantom_runlocal" if runlocal else "runs/phantom"
-    c.source = dict(name="phantom", dir=folder, train=32 if runlocal else 3000, test=16 if runlocal else 200)
+    c.source = dict(name="phantom", dir=folder, train=32 if runlocal else 2600, test=16 if runlocal else 200)
     # Three thick-slice sequences, all axial, so that it learns in minutes; the phantom can do more (its Config).
     c.source.update(sequences=("flair", "t1c", "ct"), planes=(1.0, 0.0, 0.0), scans=(3, 3), size=32, depth=(8, 8))
     c.source.update(lesion_scale=1.4, noise=(0.01, 0.03), grey=0.15, distractors=0.4, step_mm=5.0)

@@ -28,8 +28,8 @@ def test_demo_learns_to_tell_lesions_of_unseen_subjects(tmp_path):
     before, after = summary["before"], summary["after"]
     assert before["zeroshot/auc_macro"] < 0.65
     assert after["zeroshot/auc_macro"] > 0.75
-    assert after["retrieval/image_to_text_R@5_over_chance"] > 2.0
-    # The demo itself, on more studies, keeps the histogram below 0.75; here it must be clearly worse than the model.
+    assert after["retrieval/image_to_text_R@5_over_chance"] > 3.0
+    assert before["baselines/histogram_auc_macro"] < 0.75
     assert before["baselines/histogram_auc_macro"] < after["zeroshot/auc_macro"] - 0.05
     assert before["baselines/metadata_auc_macro"] < 0.6
     assert (tmp_path / "run" / "report.html").stat().st_size > 50_000

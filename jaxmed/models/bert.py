@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmed.core.errors import UserError
 from jaxmed.core.sharding import constrain
 from jaxmed.models.layers.attention import IMPLS, attend
-from jaxmed.models.layers.lean import LayerNorm, gelu
+from jaxmed.models.layers.lean import REMAT, LayerNorm, gelu
 from jaxmed.models.layers.lora import Linear, uniform_fan_in
 
 _BASE = dict(vocab_size=30_522, width=768, depth=12, heads=12, mlp_width=3072, max_positions=512)
@@ -30,11 +30,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 POOLERS = ("cls_last_hidden_state", "cls", "mean", "max")
 PROJECTIONS = ("linear", "mlp", "none")
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 LORA_TARGETS = ("query", "key", "value", "out", "fc1", "fc2")
 
 

@@ -19,6 +19,7 @@ from jaxmed.core.errors import UserError
 from jaxmed.core.sharding import constrain
 from jaxmed.models.layers import attention, posemb
 from jaxmed.models.layers.groups import join, keep_patches, move, regroup
+from jaxmed.models.layers.lean import REMAT
 from jaxmed.models.layers.patch_embed import PatchEmbed
 from jaxmed.models.layers.pooling import AttentionPool, masked_mean
 from jaxmed.models.layers.transformer import Block, layer_norm, torch_uniform
@@ -27,12 +28,6 @@ LEVELS = ("slice", "scan", "study")
 POOLS = ("token", "map", "dinotxt")
 # Position tables are parameters (they are in every checkpoint), but never trained: for the optimiser's groups.
 FROZEN = (r"(^|/)spatial_posemb$", r"(^|/)sequential_posemb$")
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
 _CHEST = {"img_size": (112, 336, 336), "patch": (8, 24, 24), "levels": ("slice", "slice", "scan")}
 _BRAIN = {"img_size": (48, 224, 224), "levels": ("scan", "scan", "study"), "max_num_scans": 40}
 _SLICE_SCAN_STUDY = ("slice", "scan", "study")

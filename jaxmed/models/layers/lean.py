@@ -13,6 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+# A model's option `remat`: what the backward pass of a block recomputes (all of it; all but matrix products).
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 _ROOT_HALF = math.sqrt(0.5)
 
 
