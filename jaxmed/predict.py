@@ -284,6 +284,7 @@ def predict(
         if target is not None and target not in names:
             raise UserError(f"--target={target}: there is no such class; choose one of {', '.join(names)}")
         classifier = _classifier(loaded, asked, vocab)
+    remarks = predict_studies.remarks(loaded.recipe, chosen, tower.img_size)
     out = Path(out)
     try:
         (out / ".prep").mkdir(parents=True, exist_ok=True)
@@ -320,6 +321,7 @@ def predict(
         "checkpoint": loaded.path,
         "params_sha256": params_sha256(jax.device_get(loaded.params)),
         "recipe": chosen.describe(),
+        "remarks": remarks,
         "read": read,
         "prompts": dict(zip([*names, *(f"not {n}" for n in names)], asked.texts)) if asked else {},
         "score": output.score,
@@ -392,7 +394,8 @@ def _main(argv: list[str]) -> int:
     add("--prompts", metavar="FILE", help="JSON, see below (default: those that the run was evaluated with)")
     add("--suite", metavar="NAME", help="built-in prompts instead, see python -m jaxmed.evaluate suites")
     add("--vocab", metavar="FILE", help="of the text tower (default: that of the training)")
-    add("--recipe", metavar="NAME", help="of python -m jaxmed.prep (default: that of the training data)")
+    add("--recipe", metavar="NAME", help="of python -m jaxmed.prep (default: that of the training data, or "
+        "what python -m jaxmed.port stored)")  # fmt: skip
     add("--heatmap", action="store_true", help="which voxels spoke for the class")
     add("--target", metavar="CLASS", help="of the heat maps (default: the most likely one of each study)")
     add("--batch", type=int, default=1, metavar="N", help="studies per call of the model (default: 1)")
@@ -422,13 +425,15 @@ def _main(argv: list[str]) -> int:
 def _print(report: dict[str, Any], out: str) -> None:
     n, took = len(report["studies"]), report["seconds"]
     rows = [("studies", str(n)), ("scans", str(sum(len(s["scans"]) for s in report["studies"])))]
-    rows += [("programs compiled", str(len(report["buckets"])))]
+    rows += [("recipe", report["recipe"]["name"]), ("programs compiled", str(len(report["buckets"])))]
     rows += [(f"seconds, {k}", f"{v:.2f}") for k, v in took.items()]
     rows += [("seconds per study", f"{(took['total'] - took['start']) / n:.2f}")]
     rows += [(f"peak memory, {k}, MB", f"{v:.0f}") for k, v in report["peak_memory_mb"].items()]
     rows += [(f"left out: {reason}", str(k)) for reason, k in Counter(r["reason"] for r in report["rejects"]).items()]
     rows += [(f"study without a prediction: {r['path']}", r["reason"]) for r in report["failed"]]
     print(table([("", out), *rows]))
+    for remark in report["remarks"]:
+        print(f"note: {remark}")
 
 
 if __name__ == "__main__":
