@@ -285,6 +285,7 @@ def predict(
             raise UserError(f"--target={target}: there is no such class; choose one of {', '.join(names)}")
         classifier = _classifier(loaded, asked, vocab)
     remarks = predict_studies.remarks(loaded.recipe, chosen, tower.img_size)
+    remarks += predict_prompts.doubts(loaded.path, loaded.text, vocab) if asked else []
     out = Path(out)
     try:
         (out / ".prep").mkdir(parents=True, exist_ok=True)
@@ -359,6 +360,10 @@ def _peak_memory() -> dict[str, float]:
     """MB: this process, the largest reader process, and the accelerator, if there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if (status := Path("/proc/self/status")).exists():
+        # On Linux getrusage gives a new process the peak of the one that started it, such as a notebook's.
+        own = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        peaks["process"] = int(own[0]) * 1024 if own else peaks["process"]
     if readers := resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss:
         peaks["reader"] = readers * unit
     if device := (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from jaxmed import port, predict_studies
+from jaxmed import port, predict_model, predict_prompts, predict_studies
 from jaxmed.core import checkpoint, tree, weights
 from jaxmed.core.errors import UserError
 from jaxmed.models import two_towers
@@ -188,6 +188,25 @@ class TestThereAndBack:
         assert "name the recipe" in fails(capsys, src, "--recipe.slices=4")
         assert "--recipe.OPTION=VALUE" in fails(capsys, src, "--recipe=hlip_head_ct --recipe.slices")
         assert "--back takes" in fails(capsys, f"--src=x --out={tmp_path}/b.pt --back --recipe=hlip_head_ct")
+
+    def test_the_vocabulary_comes_along(self, tmp_path, capsys):
+        published, _ = golden("clip_step_multiscan_h2")
+        hub, out, unseen = tmp_path / "hub", tmp_path / "o", UNSEEN["clip_step_multiscan_h2"]
+        hub.mkdir()
+        weights.write(hub / "model.safetensors", published)
+        (hub / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(57))]))
+        run(capsys, f"--src={hub} --out={out} --prefix=Seen:", unseen)
+        assert json.loads((out / "model.json").read_text())["text"] == {"vocab": "vocab.txt", "prefix": "Seen:"}
+        loaded = predict_model.load_model(out)
+        assert loaded.text == {"vocab": str(out / "vocab.txt"), "prefix": "Seen:"}
+        assert predict_prompts.tokenizer(loaded.text, None, 61).size == 61
+        assert not predict_prompts.doubts(str(out), loaded.text, None)
+        run(capsys, f"--src={hub}/model.safetensors --out={tmp_path}/p", unseen)
+        (said,) = predict_prompts.doubts(str(tmp_path / "p"), predict_model.load_model(tmp_path / "p").text, None)
+        assert "--vocab=FILE" in said
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]")
+        error = fails(capsys, f"--src={hub} --out={out} --vocab={tmp_path}/vocab.txt", unseen)
+        assert "has 4 entries, the text tower has 61" in error
 
     def test_wrong_use_is_one_line(self, tmp_path, capsys):
         assert "give either --src" in fails(capsys, f"--out={tmp_path}")
