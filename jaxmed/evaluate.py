@@ -79,12 +79,12 @@ def evaluate(
     embedder = Embedder(ckpt, data, cache or out / "features", batch=batch, vocab=vocab)
     answer = TASKS[task](embedder, chosen)
     dataset, notes = embedder.dataset, []
-    if task in ("zeroshot", "retrieval"):
-        notes += predict_prompts.doubts(embedder.loaded.path, embedder.loaded.text, vocab)
     recipe, trained = dataset.manifest["recipe"].get("name"), (embedder.loaded.recipe or {}).get("name")
     for whose, other in (("the model's training data", trained), (f"suite {chosen.suite}", _recipe(chosen.suite))):
         if other and other != recipe:
             notes.append(f"the data were prepared with recipe {recipe!r}, those of {whose} with {other!r}")
+    if task in ("zeroshot", "retrieval"):
+        notes += predict_prompts.doubts(embedder.loaded.path, embedder.loaded.text, vocab)
     results = {
         "schema": 1,
         "task": task,
