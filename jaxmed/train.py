@@ -130,6 +130,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     frozen = factors.get("0.0", 0)
     say(f"{num_params:,} parameters, of which {frozen:,} frozen; {total_steps} steps in {len(stream.spec)} bucket(s)")
 
+    # ---- Update: what changes parameters, and nothing else does.
     update_fn = make_update_fn(objective, tx, rate, microbatches)
 
     # ---- Evaluators know predict functions, never a model.

@@ -55,7 +55,7 @@ def make_tower(side: str, fields: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"config.model.{side}: {e}") from None
 
 
-def _as_wide(text: Mapping[str, Any], image_tower: nn.Module) -> Mapping[str, Any]:
+def _as_wide(text: Mapping[str, Any], image_tower: nn.Module | None) -> Mapping[str, Any]:
     """The text tower's fields; without `out_dim` it is as wide as the image tower, if that says its `features`."""
     if "out_dim" in text or not hasattr(image_tower, "features"):
         return text
@@ -134,7 +134,7 @@ class Model(nn.Module):
         """
         out: dict[str, Array] = {}
         zimg = ztxt = None
-        tower = make_tower("image", self.image)
+        tower = make_tower("image", self.image) if self.image else None
         if image is not None:
             zimg, inner = tower(image, scan_depths, train=train, draws=draws)
             zimg = l2_normalize(zimg)
