@@ -97,9 +97,8 @@ def remarks(known: Mapping[str, Any] | None, chosen: recipes.Recipe, img_size: S
     said, grid = [], chosen.grid()
     if _synthetic(known):
         said.append(
-            "the model has seen phantoms (synthetic brains) only: what it says of real scans means nothing. MR is "
-            f"prepared by {chosen.name} on its grid; CT, which phantoms have in a brain window, by "
-            "--recipe=hlip_head_ct with the same slices, resize and crop"
+            "the model has seen phantoms (synthetic brains) only: what it says of real scans means nothing. CT, which "
+            "it knows in a brain window, needs --recipe=hlip_head_ct with its slices, resize and crop"
         )
     if grid and grid != tuple(img_size):
         made, own = ("x".join(map(str, x)) for x in (grid, img_size))
