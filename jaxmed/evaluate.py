@@ -83,6 +83,8 @@ def evaluate(
     for whose, other in (("the model's training data", trained), (f"suite {chosen.suite}", _recipe(chosen.suite))):
         if other and other != recipe:
             notes.append(f"the data were prepared with recipe {recipe!r}, those of {whose} with {other!r}")
+    if task in ("zeroshot", "retrieval"):
+        notes += predict_prompts.doubts(embedder.loaded.path, embedder.loaded.text, vocab)
     results = {
         "schema": 1,
         "task": task,

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxmed.core import checkpoint, metrics, tree, weights
 from jaxmed.core.command import exit_code
 from jaxmed.core.errors import UserError
 from jaxmed.core.load import load
+from jaxmed.data.tokenize import Tokenizer
 from jaxmed.ports import torch_files
 
 EPILOG = """\
@@ -31,6 +33,8 @@ examples:
 OUT/ gets params.safetensors (our names), model.json (what rebuilds the model) and port_report.json (every tensor:
 matched, fresh or ignored, with shapes). Train from it with --config.init_from=OUT.
 --model.FIELD=VALUE names any field of the config's model, e.g. --model.text.vocab_size=28996, --model.image.rope=true.
+--recipe=NAME and --recipe.OPTION=VALUE, as for python -m jaxmed.prep, say how scans were prepared for these weights,
+--vocab and --prefix how texts were; predict and evaluate then do the same.
 Files are read as data: nothing in them is run. Every tensor and every parameter must find its counterpart of the same
 shape, or be named by --ignore or --fresh.
 """
@@ -83,13 +87,15 @@ def _run(argv: list[str]) -> int:
     if bool(args.src) == bool(starts):
         raise UserError(f"give either --src=WEIGHTS or {' and '.join(f'--init-{s}=' for s in system.MODEL.STARTS)}")
     if args.back:
-        if rest or starts:
-            raise UserError(f"--back takes --src and --out only, not {(rest or ['--init-...'])[0]}")
+        more = rest or [f"--{k}" for k in ("recipe", "vocab", "prefix") if getattr(args, k)]
+        if more or starts:
+            raise UserError(f"--back takes --src and --out only, not {(more or ['--init-...'])[0]}")
         return _back(system, args.src, Path(args.out))
-    given = _given(system, args, rest)
+    recipe = _recipe(args.recipe, [a for a in rest if a.startswith("--recipe.")])
+    given = _given(system, args, [a for a in rest if not a.startswith("--recipe.")])
     if starts:
-        return _start(system, starts, given, args)
-    return _forth(system, given, args)
+        return _start(system, starts, given, recipe, args)
+    return _forth(system, given, recipe, args)
 
 
 def _parser(system) -> argparse.ArgumentParser:
@@ -115,6 +121,12 @@ def _parser(system) -> argparse.ArgumentParser:
     add("--back", action="store_true", help="from ours to the published names")
     add("--key", help="which dict of a PyTorch file holds the weights, e.g. state_dict")
     add("--config", metavar="FILE[:ARG]", help="take the model from a config file instead of from shapes")
+    add(
+        "--recipe", metavar="NAME", help="of python -m jaxmed.prep: what predict does with scans, unless told otherwise"
+    )
+    add("--vocab", metavar="PATH", help="of the text tower: vocab.txt or tokenizer.json; copied to OUT (default: that "
+        "of the hub folder)")  # fmt: skip
+    add("--prefix", metavar="TEXT", help="what every report in training began with, e.g. 'This study shows: '")
     add("--fresh", action="append", default=[], metavar="REGEX", help="parameters to initialise; may be repeated")
     add("--ignore", action="append", default=[], metavar="REGEX", help="published tensors to leave; may be repeated")
     add("--seed", type=int, default=0, help="of fresh parameters")
@@ -146,6 +158,38 @@ def _given(system, args, rest: list[str]) -> dict[str, Any]:
                 raise UserError(f"--model.{field}: {parent} has no fields")
         node[last] = _value(text)
     return given
+
+
+def _recipe(name: str | None, flags: list[str]) -> dict[str, Any] | None:
+    """The preparation that the person named, as the manifest of shards describes it."""
+    if name is None:
+        if flags:
+            raise UserError(f"{flags[0]}: an option of a recipe; name the recipe by --recipe=NAME")
+        return None
+    pairs = []
+    for flag in flags:
+        option, equals, value = flag.removeprefix("--recipe.").partition("=")
+        if not option or not equals:
+            raise UserError(f"{flag}: write --recipe.OPTION=VALUE (python -m jaxmed.prep --list-recipes)")
+        pairs.append((option, value))
+    return load("prep", "recipes").get(name, pairs).describe()
+
+
+def _text(args, model: dict[str, Any], out: Path) -> dict[str, str]:
+    """How texts become ids: `vocab` (a file that is copied to `out`) and `prefix`, those that are known."""
+    beside = Path(args.src) if args.src and Path(args.src).is_dir() else None
+    found = beside and any((beside / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    given = {"prefix": args.prefix} if args.prefix else {}
+    if "text" not in model or not (args.vocab or found):
+        if args.vocab:
+            raise UserError(f"--vocab={args.vocab}: these weights have no text tower")
+        return given
+    tokenizer = Tokenizer(args.vocab or beside)
+    size = load("models", model["name"]).make_tower("text", model["text"]).vocab_size
+    if tokenizer.size != size:
+        raise UserError(f"vocabulary {tokenizer.path} has {tokenizer.size} entries, the text tower has {size}")
+    shutil.copyfile(tokenizer.path, out / tokenizer.path.name)
+    return {"vocab": tokenizer.path.name, **given}
 
 
 def _value(text: str) -> Any:
@@ -230,7 +274,7 @@ def _check_patterns(args, names: list[str], paths: list[str]) -> None:
     tree.check_rules(args.fresh, paths, "--fresh")
 
 
-def _forth(system, given: dict[str, Any], args) -> int:
+def _forth(system, given: dict[str, Any], recipe: dict[str, Any] | None, args) -> int:
     source = _source(args.src, args.key)
     flat, names = system.convert(source.tensors)
     model, notes = (given, []) if args.config else system.MODEL.make(flat, given)
@@ -244,11 +288,15 @@ def _forth(system, given: dict[str, Any], args) -> int:
             f"{source.path}: it has no tensor for parameter {missing[0]!r} of shape {tuple(wanted[missing[0]].shape)} "
             f"({len(missing)} such in all); --fresh=REGEX initialises them instead"
         )
+    if recipe is None:
+        name, note = system.MODEL.recipe(model)
+        recipe = _recipe(name, [])
+        notes.append(note)
     sources = {"src": source.describe()}
-    return _write(system, args, model, fit, wanted, init, sources, [*notes, system.MODEL.NOTES.get("src", "")])
+    return _write(system, args, model, recipe, fit, wanted, init, sources, [*notes, system.MODEL.NOTES.get("src", "")])
 
 
-def _start(system, starts: dict[str, str], given: dict[str, Any], args) -> int:
+def _start(system, starts: dict[str, str], given: dict[str, Any], recipe: dict[str, Any] | None, args) -> int:
     model = given if args.config else system.MODEL.make_new(given)
     init = system.MODEL.init(model)
     wanted = tree.flatten(jax.eval_shape(init, jax.random.key(0)))
@@ -269,10 +317,10 @@ def _start(system, starts: dict[str, str], given: dict[str, Any], args) -> int:
         files[f"init_{side}"] = source.describe()
         notes.append(system.MODEL.NOTES.get(side, ""))
     _check_patterns(args, all_names, list(wanted))
-    return _write(system, args, model, total, wanted, init, files, notes)
+    return _write(system, args, model, recipe, total, wanted, init, files, notes)
 
 
-def _write(system, args, model, fit: Fit, wanted, init, sources, notes: list[str]) -> int:
+def _write(system, args, model, recipe, fit: Fit, wanted, init, sources, notes: list[str]) -> int:
     """The folder of ported weights, and the table for the person."""
     fresh = [p for p in wanted if p not in fit.values]
     values = dict(fit.values)
@@ -294,9 +342,10 @@ def _write(system, args, model, fit: Fit, wanted, init, sources, notes: list[str
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out={out}: cannot be made ({e.strerror or e})") from None
+    more = {"recipe": recipe, "text": _text(args, model, out)}
     weights.write(out / weights.PARAMS, {p: values[p] for p in wanted}, {"system": args.system})
     about = {"system": args.system, "model": model, "objective": system.MODEL.objective(model)}
-    metrics.write_json(out / "model.json", about)
+    metrics.write_json(out / "model.json", about | {k: v for k, v in more.items() if v})
     metrics.write_json(out / "port_report.json", report)
 
     def numbers(rows, key="our_shape"):

@@ -284,6 +284,8 @@ def predict(
         if target is not None and target not in names:
             raise UserError(f"--target={target}: there is no such class; choose one of {', '.join(names)}")
         classifier = _classifier(loaded, asked, vocab)
+    remarks = predict_studies.remarks(loaded.recipe, chosen, tower.img_size)
+    remarks += predict_prompts.doubts(loaded.path, loaded.text, vocab) if asked else []
     out = Path(out)
     try:
         (out / ".prep").mkdir(parents=True, exist_ok=True)
@@ -320,6 +322,7 @@ def predict(
         "checkpoint": loaded.path,
         "params_sha256": params_sha256(jax.device_get(loaded.params)),
         "recipe": chosen.describe(),
+        "remarks": remarks,
         "read": read,
         "prompts": dict(zip([*names, *(f"not {n}" for n in names)], asked.texts)) if asked else {},
         "score": output.score,
@@ -357,6 +360,10 @@ def _peak_memory() -> dict[str, float]:
     """MB: this process, the largest reader process, and the accelerator, if there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if (status := Path("/proc/self/status")).exists():
+        # On Linux getrusage gives a new process the peak of the one that started it, such as a notebook's.
+        own = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        peaks["process"] = int(own[0]) * 1024 if own else peaks["process"]
     if readers := resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss:
         peaks["reader"] = readers * unit
     if device := (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
@@ -392,7 +399,8 @@ def _main(argv: list[str]) -> int:
     add("--prompts", metavar="FILE", help="JSON, see below (default: those that the run was evaluated with)")
     add("--suite", metavar="NAME", help="built-in prompts instead, see python -m jaxmed.evaluate suites")
     add("--vocab", metavar="FILE", help="of the text tower (default: that of the training)")
-    add("--recipe", metavar="NAME", help="of python -m jaxmed.prep (default: that of the training data)")
+    add("--recipe", metavar="NAME", help="of python -m jaxmed.prep (default: that of the training data, or "
+        "what python -m jaxmed.port stored)")  # fmt: skip
     add("--heatmap", action="store_true", help="which voxels spoke for the class")
     add("--target", metavar="CLASS", help="of the heat maps (default: the most likely one of each study)")
     add("--batch", type=int, default=1, metavar="N", help="studies per call of the model (default: 1)")
@@ -422,13 +430,15 @@ def _main(argv: list[str]) -> int:
 def _print(report: dict[str, Any], out: str) -> None:
     n, took = len(report["studies"]), report["seconds"]
     rows = [("studies", str(n)), ("scans", str(sum(len(s["scans"]) for s in report["studies"])))]
-    rows += [("programs compiled", str(len(report["buckets"])))]
+    rows += [("recipe", report["recipe"]["name"]), ("programs compiled", str(len(report["buckets"])))]
     rows += [(f"seconds, {k}", f"{v:.2f}") for k, v in took.items()]
     rows += [("seconds per study", f"{(took['total'] - took['start']) / n:.2f}")]
     rows += [(f"peak memory, {k}, MB", f"{v:.0f}") for k, v in report["peak_memory_mb"].items()]
     rows += [(f"left out: {reason}", str(k)) for reason, k in Counter(r["reason"] for r in report["rejects"]).items()]
     rows += [(f"study without a prediction: {r['path']}", r["reason"]) for r in report["failed"]]
     print(table([("", out), *rows]))
+    for remark in report["remarks"]:
+        print(f"note: {remark}")
 
 
 if __name__ == "__main__":

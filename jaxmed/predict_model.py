@@ -87,6 +87,8 @@ def _ported(path: Path, value_range) -> Loaded:
     config = _json(path / "model.json")
     if "model" not in config:
         raise UserError(f"{path / 'model.json'}: it has no field 'model'; make it again with python -m jaxmed.port")
+    if vocab := config.get("text", {}).get("vocab"):
+        config["text"]["vocab"] = str(path / vocab)  # it lies beside the weights
     objective, fields, abstract = _build(config, _recipe_of(config), value_range, f"{path}/model.json")
     params, _ = checkpoint.start_from(path, _here(abstract))
     return _loaded(path, config, objective, fields, params)

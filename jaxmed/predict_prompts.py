@@ -51,6 +51,17 @@ def find(given: str | None, suite: str | None, own: Mapping[str, Any] | None, pr
     return make({"templates": prefix + "{}", **fields}, f"--prompts={given}")
 
 
+def doubts(path: str, text: Mapping[str, Any], vocab: str | None) -> list[str]:
+    """A sentence if nobody said which words the text tower of ported weights knows. Another vocabulary of the same size
+    gives no error, only nonsense."""
+    if vocab or text.get("vocab") or not (Path(path) / "model.json").exists():
+        return []
+    return [
+        "prompts were read with bert-base-uncased's vocabulary, for want of a better: published HLIP weights know "
+        "BiomedBERT's words (chest CT: CXR-BERT's), as many but others; give --vocab=FILE, here or to jaxmed.port"
+    ]
+
+
 def tokenizer(text: Mapping[str, Any], vocab: str | None, vocab_size: int) -> Tokenizer:
     """The tokenizer of the text tower.
 

@@ -58,13 +58,18 @@ def choose_recipe(
     overrides: Sequence[tuple[str, str]],
     img_size: Sequence[int],
 ) -> recipes.Recipe:
-    """The recipe that the user names, else the one that the model's training data were made with.
+    """The recipe that the user names, else the one that the model's training data were made with; for phantoms, which
+    are drawn as the brain recipe stores scans, that one on their grid.
 
     Raises:
       UserError: neither is known, or an option is wrong.
     """
     if name is not None:
         return recipes.get(name, overrides)
+    if _synthetic(known):
+        drawn = known["config"]
+        grid = [("slices", drawn["depth"][-1]), ("resize", drawn["size"]), ("crop", drawn["size"])]
+        return recipes.get("hlip_brain_mri", [*((k, str(v)) for k, v in grid), *overrides])
     d, h, w = img_size
     if known is None or known.get("name") not in recipes.RECIPES:
         what = "is not known here" if known is None else f"is {known.get('name')!r}, which is no recipe of prep"
@@ -72,7 +77,8 @@ def choose_recipe(
             f"--recipe is missing: how the model's training data were prepared {what}. The model's grid is "
             f"{d}x{h}x{w}; published weights for brain MR and head CT (48x224x224) were trained with "
             "--recipe=hlip_brain_mri and --recipe=hlip_head_ct, those for chest CT with hlip_chest_ct_published; other "
-            "grids by --recipe.OPTION=VALUE (python -m jaxmed.prep --list-recipes)"
+            "grids by --recipe.OPTION=VALUE (python -m jaxmed.prep --list-recipes). With the same flags python -m "
+            "jaxmed.port stores it beside the weights"
         )
     recipe = recipes.RECIPES[known["name"]]
     stored = {k: v for step in known.get("steps", ()) for k, v in step.items() if k != "step"}
@@ -84,6 +90,26 @@ def choose_recipe(
     options = {k: changed.options[k] if k in given else v for k, v in recipe.options.items()}
     modalities = changed.modalities if "modalities" in given else tuple(known.get("modalities", recipe.modalities))
     return dataclasses.replace(recipe, options=options, modalities=modalities)
+
+
+def remarks(known: Mapping[str, Any] | None, chosen: recipes.Recipe, img_size: Sequence[int]) -> list[str]:
+    """What a person should know before believing a prediction, in sentences."""
+    said, grid = [], chosen.grid()
+    if _synthetic(known):
+        said.append(
+            "the model has seen phantoms (synthetic brains) only: what it says of real scans means nothing. CT, which "
+            "it knows in a brain window, needs --recipe=hlip_head_ct with its slices, resize and crop"
+        )
+    if grid and grid != tuple(img_size):
+        made, own = ("x".join(map(str, x)) for x in (grid, img_size))
+        said.append(
+            f"recipe {chosen.name} makes scans of {made}, the model's own grid is {own}: positions are resampled"
+        )
+    return said
+
+
+def _synthetic(known: Mapping[str, Any] | None) -> bool:
+    return known is not None and known.get("name") == "phantom" and "config" in known
 
 
 def _like(value: Any, default: Any) -> Any:

@@ -183,6 +183,18 @@ def run_without_data(run, tmp_path):
     return copy
 
 
+def test_what_phantoms_taught_is_asked_on_their_grid():
+    drawn = {"name": "phantom", "value_range": [0, 255], "config": {"size": 40, "depth": [8, 12]}}
+    chosen = predict_studies.choose_recipe(drawn, None, [("percentiles", "1,99")], (12, 40, 40))
+    assert chosen.name == "hlip_brain_mri" and chosen.grid() == (12, 40, 40)
+    assert chosen.options["percentiles"] == (1, 99)
+    (said,) = predict_studies.remarks(drawn, chosen, (12, 40, 40))
+    assert "means nothing" in said
+    (said,) = predict_studies.remarks(None, recipes.get("hlip_brain_mri", [("slices", "144")]), (48, 224, 224))
+    assert "makes scans of 144x224x224, the model's own grid is 48x224x224" in said
+    assert predict_studies.remarks(None, recipes.get("native"), (48, 224, 224)) == []
+
+
 def test_a_study_that_fails_costs_no_other(run, scans, prompts, tmp_path, monkeypatch):
     real = predict.Asker.__call__
 

@@ -34,6 +34,7 @@ NOTES = {
     "image": "The MAE release's ImageNet weights have the licence CC-BY-NC 4.0; so has what starts from them.",
 }
 _LOG_SCALE = math.log(1 / 0.07)
+_CHEST_GRID = (112, 336, 336)
 # Fields of the towers that shapes do not show, in the words of the command.
 _UNSEEN_IMAGE = ("levels", "heads", "rope", "keep_token_axis")
 _UNSEEN_TEXT = ("heads", "hidden_dropout", "attention_dropout")
@@ -100,6 +101,20 @@ def objective(model: Mapping[str, Any]) -> dict[str, str]:
     if model.get("logit_bias_init") is None:
         return {"name": "clip", "loss": "clip"}
     return {"name": "clip", "loss": "siglip" if model["logit_bias_init"] < 0 else "dual"}
+
+
+def recipe(model: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Which recipe of `prep` published weights were trained with, as far as their grid tells, and a sentence on it."""
+    if "image" not in model:
+        return None, ""
+    grid = tuple(load("models", "two_towers").make_tower("image", model["image"]).img_size)
+    shown = "x".join(map(str, grid))
+    if grid == _CHEST_GRID:
+        return "hlip_chest_ct_published", f"scans: the grid {shown} is chest CT's, so recipe=hlip_chest_ct_published"
+    return None, (
+        f"scans: the grid {shown} does not show how they were prepared; --recipe=NAME stores it here for predict. Of "
+        "48x224x224, brain MR was hlip_brain_mri and head CT hlip_head_ct"
+    )
 
 
 def init(model: Mapping[str, Any]) -> Callable[[jax.Array], dict[str, Any]]:

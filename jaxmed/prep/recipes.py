@@ -148,14 +148,21 @@ class Recipe:
         del plain["options"]
         return plain
 
-    def scan_bytes(self) -> int:
-        """About how many bytes one series takes uncompressed, for the size of shards; 0 = as large as it comes."""
+    def grid(self) -> tuple[int, int, int] | None:
+        """(d, h, w) of what it stores, None where that differs from scan to scan."""
         o = self.options
         if "slice_grid" in self.steps and o["slices"] and (o["crop"] or o["resize"]):
-            return o["slices"] * (o["crop"] or o["resize"]) ** 2 * max(1, len(o.get("windows", ())))
+            return (o["slices"], *(o["crop"] or o["resize"],) * 2)
         if "box" in self.steps and o["mode"] != "whole":
-            return 2 * int(np.prod(o["size"]))
-        return 0
+            return tuple(o["size"])
+        return None
+
+    def scan_bytes(self) -> int:
+        """About how many bytes one series takes uncompressed, for the size of shards; 0 = as large as it comes."""
+        if (grid := self.grid()) is None:
+            return 0
+        each = 2 if "box" in self.steps else max(1, len(self.options.get("windows", ())))
+        return each * int(np.prod(grid))
 
 
 _SLICES = {"deskew": False, "axes": "IPR", "slice_first": True, "resize": 256, "slices": 48, "crop": 224}

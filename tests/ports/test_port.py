@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from jaxmed import port
+from jaxmed import port, predict_model, predict_prompts, predict_studies
 from jaxmed.core import checkpoint, tree, weights
 from jaxmed.core.errors import UserError
 from jaxmed.models import two_towers
 from jaxmed.ports import hlip, hlip_model, torch_files
+from jaxmed.prep import recipes
 
 FILES = Path(__file__).parent / "files"
 GOLDENS = Path(__file__).parents[1] / "goldens" / "hlip"
@@ -169,6 +170,45 @@ class TestThereAndBack:
             "'visual.trunk.patch_embed.proj.weight' has shape (24, 1, 2, 4, 4)" in error and "(2, 8, 8, 1, 24)" in error
         )
 
+    def test_the_preparation_is_stored(self, tmp_path, capsys):
+        published, _ = golden("clip_step_multiscan_h2")
+        weights.write(tmp_path / "a.safetensors", published)
+        src = f"--src={tmp_path}/a.safetensors --out={tmp_path}/o {UNSEEN['clip_step_multiscan_h2']}"
+        assert "does not show how they were prepared" in run(capsys, src)
+        about = json.loads((tmp_path / "o/model.json").read_text())
+        assert "recipe" not in about
+        run(capsys, src, "--recipe=hlip_head_ct --recipe.slices=4 --recipe.windows.brain=35,90")
+        stored = json.loads((tmp_path / "o/model.json").read_text())["recipe"]
+        options = [("slices", "4"), ("windows.brain", "35,90")]
+        recipe = recipes.get("hlip_head_ct", options)
+        assert stored == json.loads(json.dumps(recipe.describe()))
+        chosen = predict_studies.choose_recipe(stored, None, (), (4, 8, 8))
+        assert json.loads(json.dumps(chosen.describe())) == stored
+        assert "there is no such recipe" in fails(capsys, src, "--recipe=brain")
+        assert "has no such option" in fails(capsys, src, "--recipe=hlip_head_ct --recipe.slice=4")
+        assert "name the recipe" in fails(capsys, src, "--recipe.slices=4")
+        assert "--recipe.OPTION=VALUE" in fails(capsys, src, "--recipe=hlip_head_ct --recipe.slices")
+        assert "--back takes" in fails(capsys, f"--src=x --out={tmp_path}/b.pt --back --recipe=hlip_head_ct")
+
+    def test_the_vocabulary_comes_along(self, tmp_path, capsys):
+        published, _ = golden("clip_step_multiscan_h2")
+        hub, out, unseen = tmp_path / "hub", tmp_path / "o", UNSEEN["clip_step_multiscan_h2"]
+        hub.mkdir()
+        weights.write(hub / "model.safetensors", published)
+        (hub / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(57))]))
+        run(capsys, f"--src={hub} --out={out} --prefix=Seen:", unseen)
+        assert json.loads((out / "model.json").read_text())["text"] == {"vocab": "vocab.txt", "prefix": "Seen:"}
+        loaded = predict_model.load_model(out)
+        assert loaded.text == {"vocab": str(out / "vocab.txt"), "prefix": "Seen:"}
+        assert predict_prompts.tokenizer(loaded.text, None, 61).size == 61
+        assert not predict_prompts.doubts(str(out), loaded.text, None)
+        run(capsys, f"--src={hub}/model.safetensors --out={tmp_path}/p", unseen)
+        (said,) = predict_prompts.doubts(str(tmp_path / "p"), predict_model.load_model(tmp_path / "p").text, None)
+        assert "--vocab=FILE" in said
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]")
+        error = fails(capsys, f"--src={hub} --out={out} --vocab={tmp_path}/vocab.txt", unseen)
+        assert "has 4 entries, the text tower has 61" in error
+
     def test_wrong_use_is_one_line(self, tmp_path, capsys):
         assert "give either --src" in fails(capsys, f"--out={tmp_path}")
         assert "--out is missing" in fails(capsys, "--src=x")
@@ -207,6 +247,11 @@ class TestPublishedSizes:
         model, notes = hlip_model.make(back, {})
         assert model["image"] == {"name": "hlip", "variant": "clip_vit_base_multiscan_h2_token588"}
         assert "levels=scan,scan,study, heads=12" in notes[0]
+        assert hlip_model.recipe(model)[0] is None and "hlip_head_ct" in hlip_model.recipe(model)[1]
+
+    def test_chest_weights_know_their_preparation(self):
+        model, _ = hlip_model.make(self.shapes("siglip_vit_base_singlescan_h2_token2744"), {})
+        assert hlip_model.recipe(model)[0] == "hlip_chest_ct_published"
 
     def test_what_shapes_do_not_tell_is_asked_for(self):
         flat = self.shapes("hlip-2025-10-08")
