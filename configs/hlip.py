@@ -29,6 +29,7 @@ Your data   python -m jaxmed.main --config=configs/hlip.py --config.input.dir=sh
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.common import parse_arg
 
@@ -56,12 +57,12 @@ def get_config(arg=None):
     c.seed = 0
     c.total_epochs = 25
     c.accumulate = 1
-    c.init_from = ""
+    c.init_from, c.init_except = "", ()
 
     c.input = dict(dir="shards/brain", split="train", batch_size=384)
     c.input.update(buckets=dict(scans=(1, 2, 4, 8), depth=(24, 48)), too_deep="center", empty_report="drop")
     c.input.update(keys=("image", "sentence", "text"), context=256, overflow="truncate", prefix=PREFIX)
-    c.input.update(workers=0, threads=8, prefetch=2)
+    c.input.update(vocab=placeholder(str), workers=0, threads=8, prefetch=2)
 
     image = dict(name="hlip", variant=variant, patch_drop=0.5, drop_path=0.2, dtype="bfloat16")
     image.update(scan_blocks=True, remat="full", scan_positions="study")
@@ -86,6 +87,7 @@ def get_config(arg=None):
     c.log = dict(every_steps=20, tensorboard=False)
     held_out = dict(dir=c.input.get_ref("dir"), split="val", batch_size=64, buckets=c.input.buckets)
     held_out.update(too_deep="center", empty_report="drop", context=256, overflow="truncate", prefix=PREFIX)
+    held_out["vocab"] = c.input.get_ref("vocab")
     c.evals = dict(retrieval=dict(type="retrieval", every_steps=1000, input=held_out))
     c.report = "show"
     return quick(c) if arg["quick"] else c
@@ -109,6 +111,7 @@ def small(runlocal):
     c = ConfigDict()
     c.title = "HLIP on phantoms (synthetic)"
     c.seed = 0
+    c.init_from, c.init_except = "", ()
     c.total_steps = 2 if runlocal else 1000
 
     folder = "runs/phantom_runlocal" if runlocal else "runs/phantom"

@@ -22,6 +22,7 @@ Deviations  the tower's gradient is the true one (theirs is divided by the numbe
 import math
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.common import parse_arg
 
@@ -52,7 +53,7 @@ def get_config(arg=None):
     c.seed = 0
     c.total_epochs = run["epochs"]
     c.accumulate = run["accumulate"]
-    c.init_from = ""
+    c.init_from, c.init_except = "", ()
 
     c.input = dict(dir="shards/brain", split="train", batch_size=run["batch"])
     c.input.update(buckets=dict(scans=(run["scans"],), depth=(48,)), scan_sampling="repeat", num_scans=run["scans"])
@@ -60,7 +61,7 @@ def get_config(arg=None):
         keys={"dual": ("image", "sentence", "text"), "sentence": ("image", "sentence")}.get(tokens, ("image", "text"))
     )
     c.input.update(context=256, overflow="truncate", prefix=prefix, too_deep="center", empty_report="drop")
-    c.input.update(workers=0, threads=8, prefetch=2)
+    c.input.update(vocab=placeholder(str), workers=0, threads=8, prefetch=2)
 
     c.objective = dict(name="clip", loss=tokens, false_negatives="keep", legacy_scale_grad=run["accumulate"])
     image = dict(name="hlip", variant=variant, patch_drop=run["patch_drop"], drop_path=0.2, dtype="bfloat16")
@@ -84,6 +85,7 @@ def get_config(arg=None):
         held_out = dict(dir=arg["eval"], split="test", batch_size=32, too_deep="center")
         held_out["buckets"] = dict(scans=(1, 2, 4, 8, 16), depth=(48, 144))
         c.evals.zeroshot = dict(type="zeroshot", suite=suite, every_steps=1000, input=held_out)
+        c.evals.zeroshot.vocab = c.input.get_ref("vocab")
     c.report = "show"
     if arg["runlocal"]:
         runlocal(c, grid=(6 if "1568" in variant else 8, 16, 16))

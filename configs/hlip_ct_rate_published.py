@@ -21,6 +21,7 @@ Deviations  the gradient of the tower is the true one; bfloat16 instead of float
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.common import parse_arg
 
@@ -33,11 +34,11 @@ def get_config(arg=None):
     c.seed = 0
     c.total_epochs = 20
     c.accumulate = 1
-    c.init_from = ""
+    c.init_from, c.init_except = "", ()
 
     c.input = dict(dir="shards/ct_rate", split="train", batch_size=64, buckets=dict(scans=(1,), depth=(112,)))
     c.input.update(keys=("image", "text"), context=512, overflow="truncate", empty_report="drop", too_deep="center")
-    c.input.update(workers=0, threads=8, prefetch=2)
+    c.input.update(vocab=placeholder(str), workers=0, threads=8, prefetch=2)
 
     c.objective = dict(name="clip", loss="siglip" if siglip else "clip", false_negatives="keep")
     image = dict(name="hlip", variant=arg["variant"], patch_drop=arg["patch_drop"], drop_path=0.2)
@@ -60,6 +61,7 @@ def get_config(arg=None):
     if arg["eval"]:
         held_out = dict(dir=arg["eval"], split="test", batch_size=32, buckets=c.input.buckets, too_deep="center")
         c.evals.zeroshot = dict(type="zeroshot", suite="ct_rate", every_steps=377, input=held_out)
+        c.evals.zeroshot.vocab = c.input.get_ref("vocab")
     c.report = "show"
     if arg["runlocal"]:
         runlocal(c)

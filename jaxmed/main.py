@@ -69,6 +69,9 @@ def join_cluster(multihost: bool) -> None:
 
 
 def parse_flags(argv) -> list[str]:
+    for arg in argv:
+        if arg.startswith("--config="):  # a config imports its neighbours, wherever the command is started
+            sys.path.append(str(Path(arg.partition("=")[2]).resolve().parents[1]))
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
