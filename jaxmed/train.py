@@ -25,7 +25,7 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from jaxmed.core import accumulate, metrics, optim, sharding, tree
+from jaxmed.core import accumulate, memory, metrics, optim, sharding, tree
 from jaxmed.core.checkpoint import Checkpoints, start_from
 from jaxmed.core.clock import Clock, peak_flops
 from jaxmed.core.config import Config, call
@@ -302,7 +302,9 @@ def compile_buckets(update_fn, abstract_state, state_shardings, specs, rng, mesh
         batch = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for k, x in spec.items()}
         lowered[bucket] = jitted.lower(abstract_state, batch, rng)
     with ThreadPoolExecutor() as pool:
-        return dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values())))
+        compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values())))
+    memory.give_back()  # gigabytes, for large models
+    return compiled
 
 
 def make_evaluators(config: Config, predict_fns, mesh, workdir: Path) -> list[tuple[str, Any, int]]:

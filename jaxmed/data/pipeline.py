@@ -4,7 +4,6 @@ There is no iterator state: resuming is starting at a step. Batches are the same
 processes, because nothing but the plan and the step decides them.
 """
 
-import ctypes
 import inspect
 import sys
 import threading
@@ -17,6 +16,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int64
 
+from jaxmed.core import memory
 from jaxmed.core.errors import UserError
 from jaxmed.core.load import load
 from jaxmed.data import plan as planning
@@ -64,7 +64,7 @@ class _Source:
         self._start()
 
     def _start(self) -> None:
-        _keep_freed_memory()
+        memory.keep_freed()
         self._busy, self._closed = threading.Lock(), False
         self._pool = ThreadPoolExecutor(self._threads, "jaxmed-read") if self._threads > 1 else None
 
@@ -94,16 +94,6 @@ class _Source:
             self._closed = True
             if self._pool is not None:
                 self._pool.shutdown()
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to reuse the buffers of records; by default it maps and unmaps each, at 3x the cost of reading."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # another C library, with habits of its own
-    mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD: larger buffers are still mapped
-    mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD: so much free memory stays with the process
 
 
 class Stream:

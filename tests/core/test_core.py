@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmed.core import accumulate, checkpoint, config, ema, load, metrics, optim, rng, sharding, tree
+from jaxmed.core import accumulate, checkpoint, config, ema, load, memory, metrics, optim, rng, sharding, tree
 from jaxmed.core.errors import UserError
 from jaxmed.core.objective import Objective
 
@@ -269,6 +269,15 @@ class TestCheckpoints:
     def test_no_checkpoint_is_one_clear_line(self, tmp_path):
         with pytest.raises(UserError, match="no checkpoint in"):
             checkpoint.find(tmp_path)
+
+
+def test_aligned_zeros_are_not_copied():
+    for shape, dtype in (((3, 5), np.float32), ((7,), np.uint8), ((2, 1000, 100), np.uint8)):
+        x = memory.zeros(shape, dtype)
+        assert x.shape == shape and x.dtype == dtype and not x.any() and x.ctypes.data % 64 == 0
+    x[...] = 3
+    y = jax.device_put(x, jax.devices("cpu")[0])
+    assert y.unsafe_buffer_pointer() == x.ctypes.data
 
 
 def test_metrics_drop_what_a_killed_run_wrote_after_its_checkpoint(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.core import memory
 from jaxmed.core.errors import UserError
 from jaxmed.core.rng import np_rng
 from jaxmed.data.ops import scan_indices
@@ -68,8 +69,7 @@ class StudyReport:
         return {k: v for k, v in every.items() if k in wanted} | fixed
 
     def assemble(self, bucket: Bucket, ids: np.ndarray, step: int, pool: Executor | None) -> dict[str, np.ndarray]:
-        # Fresh zero pages from the system cost nothing until they are touched, so padding is free.
-        batch = {k: np.zeros(shape, dtype) for k, (shape, dtype) in self.spec(bucket, len(ids)).items()}
+        batch = {k: memory.zeros(shape, dtype) for k, (shape, dtype) in self.spec(bucket, len(ids)).items()}
         batch["_mask"][:] = ids != PAD
         batch["_id"][:] = ids
         if "label" in batch:

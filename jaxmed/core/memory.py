@@ -1,0 +1,41 @@
+"""Host memory: what the C library keeps of what was freed, and arrays that need no copy."""
+
+import ctypes
+import functools
+import math
+
+import numpy as np
+
+
+@functools.cache
+def _libc():
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt, libc.malloc_trim  # noqa: B018 (another C library lacks them)
+    except (OSError, AttributeError):
+        return None  # nothing to tune
+    return libc
+
+
+def keep_freed() -> None:
+    """Reuses the buffers of records; by default glibc maps and unmaps each of them, at 3x the cost of reading."""
+    if _libc():
+        _libc().mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD: larger buffers are still mapped
+        _libc().mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD: so much free memory stays with the process
+
+
+def give_back() -> None:
+    """Returns what is free to the system: after work that needed much memory once, such as compiling."""
+    if _libc():
+        _libc().malloc_trim(0)
+
+
+def zeros(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """`np.zeros` that begins at a multiple of 64 bytes, so that it becomes a jax array on a CPU without being copied.
+
+    Fresh zero pages cost nothing until they are touched. Whoever gives the array to jax must not write to it any more.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.zeros(size + 63, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
