@@ -49,6 +49,7 @@ def run(config: Config, workdir: Path, *, say: Callable[[str], None] = print) ->
     Raises:
       UserError: a field of the config, a shard or a checkpoint is bad; the message says which and what to do.
     """
+    memory.keep_freed()  # before jax starts its threads
     mesh = sharding.make_mesh(config.get("mesh"))
     peak = peak_flops(mesh)
     with jax.set_mesh(mesh):

@@ -18,8 +18,12 @@ def _libc():
 
 
 def keep_freed() -> None:
-    """Reuses the buffers of records; by default glibc maps and unmaps each of them, at 3x the cost of reading."""
+    """Reuses the buffers of records and batches: by default glibc maps and unmaps each, at 3x the cost of reading.
+
+    All threads that start later share one arena: arenas of their own hold nothing larger than 64 MB.
+    """
     if _libc():
+        _libc().mallopt(-8, 1)  # M_ARENA_MAX
         _libc().mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD: larger buffers are still mapped
         _libc().mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD: so much free memory stays with the process
 
@@ -33,9 +37,18 @@ def give_back() -> None:
 def zeros(shape: tuple[int, ...], dtype) -> np.ndarray:
     """`np.zeros` that begins at a multiple of 64 bytes, so that it becomes a jax array on a CPU without being copied.
 
-    Fresh zero pages cost nothing until they are touched. Whoever gives the array to jax must not write to it any more.
+    Whoever gives the array to jax must not write to it any more.
     """
+    return _aligned(np.zeros, shape, dtype)
+
+
+def empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """`np.empty`, else as `zeros`: setting hundreds of megabytes to zero takes as long as decoding them."""
+    return _aligned(np.empty, shape, dtype)
+
+
+def _aligned(allocate, shape: tuple[int, ...], dtype) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.zeros(size + 63, np.uint8)
+    buffer = allocate(size + 63, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)

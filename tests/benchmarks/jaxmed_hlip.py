@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxmed import train
-from jaxmed.core import optim, sharding
+from jaxmed.core import memory, optim, sharding
 from jaxmed.core.config import Config, call
 from jaxmed.data import pipeline, shards
 from jaxmed.objectives import clip
@@ -31,6 +31,7 @@ def write(folder: str | Path) -> None:
 
 class Trainer:
     def __init__(self, job: dict):
+        memory.keep_freed()  # as train.run does
         self.mesh = sharding.make_mesh({})
         jax.set_mesh(self.mesh)
         self.streams = {
@@ -119,6 +120,7 @@ class Trainer:
 
 class Loader:
     def __init__(self, job: dict):
+        memory.keep_freed()  # as train.run does
         self.mesh = sharding.make_mesh({})
         jax.set_mesh(self.mesh)
         self.stream = pipeline.make(

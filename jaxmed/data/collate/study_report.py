@@ -69,7 +69,8 @@ class StudyReport:
         return {k: v for k, v in every.items() if k in wanted} | fixed
 
     def assemble(self, bucket: Bucket, ids: np.ndarray, step: int, pool: Executor | None) -> dict[str, np.ndarray]:
-        batch = {k: memory.zeros(shape, dtype) for k, (shape, dtype) in self.spec(bucket, len(ids)).items()}
+        spec = self.spec(bucket, len(ids))
+        batch = {k: (memory.empty if k == "image" else memory.zeros)(*about) for k, about in spec.items()}
         batch["_mask"][:] = ids != PAD
         batch["_id"][:] = ids
         if "label" in batch:
@@ -80,6 +81,8 @@ class StudyReport:
         def fill(row: int) -> None:
             self._fill(batch, row, int(ids[row]), step)
 
+        if "image" in batch:
+            batch["image"][ids == PAD] = 0
         rows = np.flatnonzero(ids != PAD)
         for _ in map(fill, rows) if pool is None else pool.map(fill, rows):
             pass
@@ -104,9 +107,12 @@ class StudyReport:
     def _fill_image(
         self, image: np.ndarray, depths: np.ndarray, study: StudyReader, rng: np.random.Generator | None
     ) -> None:
+        """Writes every voxel of `image`, those of padding too."""
         slots, room = image.shape[:2]
         done: dict[int, int] = {}
-        for k, scan in enumerate(self._choose(len(study.shapes), slots, rng).tolist()):
+        chosen = self._choose(len(study.shapes), slots, rng).tolist()
+        image[len(chosen) :] = 0
+        for k, scan in enumerate(chosen):
             shape, dtype = study.shapes[scan], study.dtypes[scan]
             if shape[1:] != image.shape[2:] or dtype != image.dtype:
                 raise UserError(
@@ -114,6 +120,7 @@ class StudyReport:
                     f"{image.shape[2]}, {image.shape[3]}) {image.dtype}; {_ONE_GRID}"
                 )
             depths[k] = min(shape[0], room)
+            image[k, depths[k] :] = 0
             if scan in done:
                 image[k] = image[done[scan]]
             else:
