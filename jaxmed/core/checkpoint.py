@@ -134,18 +134,16 @@ def _quiet():
     logger = logging.getLogger("asyncio")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
+    _hush()
     try:
         yield
-    except Exception:
-        _hush()
-        raise
     finally:
         logger.setLevel(level)
 
 
 @functools.cache
 def _hush() -> None:
-    """What orbax still had under way when reading failed complains later, from threads, that its event loop is gone."""
+    """What orbax still has under way when reading fails complains, from threads, that its event loop is gone."""
     others = sys.unraisablehook
 
     def hook(unraisable):
