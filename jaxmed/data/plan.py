@@ -192,9 +192,7 @@ def _in_buckets(
         if larger is not None:
             moved[larger].append(rest)
         elif not drop_remainder:
-            if (
-                rng is None
-            ):  # in evaluation the last ones may all be small; in training every epoch has the same buckets
+            if rng is None:  # these may all be small; training needs the same buckets in every epoch
                 fits = [c for c in cells if all(sizes[axis][rest].max() <= n for axis, n in c) and rows[c] >= len(rest)]
                 cell = fits[0]
             steps.append(Step(cell, np.concatenate([ids[rest], np.full(rows[cell] - len(rest), PAD)])))
