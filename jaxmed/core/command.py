@@ -35,7 +35,7 @@ def exit_code(run: Callable[..., int | None], *args) -> int:
 
 def out_of_memory(detail: str) -> str:
     return (
-        "too little memory: use smaller batches (predict and evaluate: --batch; training: input.batch_size, also that of "
+        "too little memory: use smaller batches (predict, evaluate: --batch; training: input.batch_size, also that of "
         "each evals section, the largest of input.buckets, or more config.accumulate). "
         f"{' '.join(detail.split())[:150]}"
     )
