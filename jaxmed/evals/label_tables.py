@@ -5,6 +5,7 @@ Every function takes the rows of a table as {column: text} and gives rows of a m
 """
 
 import csv
+import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pydicom
 
 from jaxmed.core.errors import UserError
+from jaxmed.core.files import write_file
 from jaxmed.evals import scores, suites
 
 Row = dict[str, str]
@@ -167,10 +169,11 @@ def convert(suite: str, tables: Iterable[str], out: str | os.PathLike, *, split:
         raise UserError(f"--suite={suite}: it has no published table of labels; give prep {about.table}")
     rows = [new for table in tables for new in known(read(table), joined, str(table))]
     rows = [{**row, "split": row.get("split") or split} for row in rows]
-    with open(out, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(out, text.getvalue().encode())
     return len(rows)
 
 
