@@ -127,7 +127,7 @@ def small(runlocal):
     c.objective = dict(name="clip", loss="clip", false_negatives="ignore")
     image = dict(name="hlip", img_size=(8, 32, 32), patch=(4, 8, 8), width=96, heads=3, depth=3, out_dim=96)
     image.update(levels=("scan", "scan", "study"), pool="dinotxt", posemb_init="1d2d", init_std=0.08)
-    text = dict(name="bert", width=96, depth=2, heads=3, mlp_width=384, max_positions=96, vocab_size=30522, out_dim=96)
+    text = dict(name="bert", width=96, depth=2, heads=3, mlp_width=384, max_positions=96, vocab_size=30522)
     text.update(pooler="mean")
     c.model = dict(name="two_towers", image=image, text=text)
 

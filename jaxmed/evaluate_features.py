@@ -54,7 +54,7 @@ class Embedder:
             name: jax.jit(lambda state, batch, fn=fn: fn(state["params"], {}, batch))
             for name, fn in self.loaded.predict_fns.items()
         }
-        text = load("models", self.loaded.model["name"]).make_tower("text", self.loaded.model["text"])
+        text = load("models", self.loaded.model["name"]).make_text_tower(self.loaded.model)
         self._positions, self._vocab_size = text.max_positions, text.vocab_size
         self._tokenizer = None
 

@@ -185,7 +185,7 @@ def _text(args, model: dict[str, Any], out: Path) -> dict[str, str]:
             raise UserError(f"--vocab={args.vocab}: these weights have no text tower")
         return given
     tokenizer = Tokenizer(args.vocab or beside)
-    size = load("models", model["name"]).make_tower("text", model["text"]).vocab_size
+    size = load("models", model["name"]).make_text_tower(model).vocab_size
     if tokenizer.size != size:
         raise UserError(f"vocabulary {tokenizer.path} has {tokenizer.size} entries, the text tower has {size}")
     shutil.copyfile(tokenizer.path, out / tokenizer.path.name)

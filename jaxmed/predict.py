@@ -343,7 +343,7 @@ def predict(
 
 
 def _classifier(loaded, asked: Prompts, vocab: str | None) -> np.ndarray:
-    text = load("models", loaded.model["name"]).make_tower("text", loaded.model["text"])
+    text = load("models", loaded.model["name"]).make_text_tower(loaded.model)
     tokenizer = predict_prompts.tokenizer(loaded.text, vocab, text.vocab_size)
     embed = jax.jit(lambda params, ids: loaded.predict_fns["embed_text"](params, {}, {"text": ids})["text"])
 

@@ -62,6 +62,16 @@ def _as_wide(text: Mapping[str, Any], image_tower: nn.Module | None) -> Mapping[
     return {**text, "out_dim": image_tower.features}
 
 
+def make_text_tower(model: Mapping[str, Any]) -> nn.Module:
+    """The text tower of a whole `config.model`, in which its width may follow from the image tower's.
+
+    Raises:
+      UserError: as `make_tower`.
+    """
+    tower = make_tower("image", model["image"]) if model.get("image") else None
+    return make_tower("text", _as_wide(model["text"], tower))
+
+
 def frozen(
     image: Mapping[str, Any],
     text: Mapping[str, Any],
@@ -88,7 +98,7 @@ def frozen(
     module = load("models", text["name"])
     if not hasattr(module, "lock_groups"):
         raise UserError(f"config.objective.lock_text: the text tower {text['name']!r} has no locks")
-    depth = make_tower("text", _as_wide(text, make_tower("image", image))).depth
+    depth = make_text_tower({"image": image, "text": text}).depth
     options = dict(lock=lock_text, unlocked_layers=unlocked_text_layers, projection=not lock_text_projection)
     return (*groups, *module.lock_groups(depth, **options))
 

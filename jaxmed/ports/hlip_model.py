@@ -154,7 +154,8 @@ def start(side: str, state: Mapping[str, np.ndarray], model: Mapping[str, Any], 
     Raises:
       UserError: `file` holds something else, or words or positions of another number than the tower's.
     """
-    tower = load("models", "two_towers").make_tower(side, model[side])
+    two_towers = load("models", "two_towers")
+    tower = two_towers.make_tower(side, model[side]) if side == "image" else two_towers.make_text_tower(model)
     if side == "image":
         found, ignored, unknown = vit2d.encoder(state, file)
         made = load("models.layers", "inflate").from_2d_mae(found, patch=tower.patch, grid=tower.grid)
