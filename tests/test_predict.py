@@ -28,7 +28,7 @@ NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
 PATCH = (4, 8, 8)
 IMAGE = {"name": "hlip", "img_size": (16, 32, 32), "patch": PATCH, "width": 24, "heads": 2, "depth": 2, "out_dim": 16}
 IMAGE |= {"levels": ("scan", "study"), "dtype": "bfloat16"}
-TEXT = {"name": "bert", "variant": "tiny", "out_dim": 16, "dtype": "bfloat16"}
+TEXT = {"name": "bert", "variant": "tiny", "dtype": "bfloat16"}
 GRID = {"slices": 16, "resize": 32, "crop": 32}
 PROMPTS = {"tumor": "glioma", "normal": ["no finding", "normal brain"], "stroke": "acute stroke"}
 
