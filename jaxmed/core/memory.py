@@ -24,8 +24,8 @@ def keep_freed() -> None:
     """
     if _libc():
         _libc().mallopt(-8, 1)  # M_ARENA_MAX
-        _libc().mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD: larger buffers are still mapped
-        _libc().mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD: so much free memory stays with the process
+        _libc().mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped for itself
+        _libc().mallopt(-1, -1)  # M_TRIM_THRESHOLD: what is free stays (the peak is the same)
 
 
 def give_back() -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.core.errors import UserError
 from jaxmed.core.sharding import BATCH_AXES
+from jaxmed.models.layers.lean import on_one_device
 
 IMPLS = ("auto", "xla", "chunked", "cudnn", "flash_tpu")
 # Finite, so that a fully masked row has a gradient (zero) instead of not-a-number.
@@ -136,8 +137,7 @@ def _chunked(q, k, v, by_key):
 
 def _heads_at_once(g: int, n: int, m: int) -> int:
     """How many of the `g` heads (a divisor of g); all of them on a mesh, where chunks would cut across devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if (not mesh.empty and mesh.size > 1) or g * n * m * 4 <= 2 * CHUNK_BYTES:
+    if not on_one_device() or g * n * m * 4 <= 4 * CHUNK_BYTES:
         return g
     return max(c for c in range(1, g + 1) if g % c == 0 and (c == 1 or c * n * m * 4 <= CHUNK_BYTES))
 

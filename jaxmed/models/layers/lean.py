@@ -22,6 +22,36 @@ REMAT = {
 _ROOT_HALF = math.sqrt(0.5)
 
 
+def on_one_device() -> bool:
+    """Is this traced for a single device? On a mesh, formulations that merge or cut axes would move data."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def dot(x: Float[Array, "*n i"], kernel: Float[Array, "i o"], dimensions, precision=None) -> Float[Array, "*n o"]:
+    """What `nn.Dense(dot_general=...)` takes: the last axis of x by the first of the kernel.
+
+    On one CPU the gradient of the kernel is one product of matrices as they lie in memory: as jax differentiates it,
+    XLA copies an operand into its transpose, which takes as long as half of the product.
+    """
+    if jax.default_backend() != "cpu" or not on_one_device():
+        return jax.lax.dot_general(x, kernel, dimensions, precision=precision)
+    return _flat_dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _flat_dot(x, kernel):
+    return x @ kernel
+
+
+def _flat_dot_backward(saved, dy):
+    x, kernel = saved
+    return dy @ kernel.T, x.T @ dy
+
+
+_flat_dot.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _flat_dot_backward)
+
+
 @jax.custom_vjp
 def gelu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """x times the normal distribution function of x (Hendrycks and Gimpel 2016, arXiv 1606.08415); not the tanh

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmed.core.sharding import constrain
 from jaxmed.models.layers.attention import attend, attend_with_weights
-from jaxmed.models.layers.lean import LayerNorm, gelu
+from jaxmed.models.layers.lean import LayerNorm, dot, gelu
 from jaxmed.models.layers.posemb import rotate
 
 # PyTorch's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations: a plain normal.
@@ -37,9 +37,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
         width, init = x.shape[-1], nn.initializers.normal(self.init_std)
-        x = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, name="fc1")(x)
+        x = nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype, dot_general=dot, name="fc1")(x)
         x = gelu(x)
-        return nn.Dense(width, kernel_init=init, dtype=self.dtype, name="fc2")(x)
+        return nn.Dense(width, kernel_init=init, dtype=self.dtype, dot_general=dot, name="fc2")(x)
 
 
 class Attention(nn.Module):
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         """`rotary` = (cosine, sine) by token; with `probe` (added to the weights) also returns the weights."""
         b, n, width = x.shape
         init = nn.initializers.normal(self.init_std)
-        qkv = nn.Dense(3 * width, kernel_init=init, dtype=self.dtype, name="qkv")(x)
+        qkv = nn.Dense(3 * width, kernel_init=init, dtype=self.dtype, dot_general=dot, name="qkv")(x)
         q, k, v = (
             constrain(y.reshape(b, n, self.heads, -1), "batch", None, "heads", None) for y in jnp.split(qkv, 3, axis=-1)
         )
@@ -66,7 +66,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask=mask, impl=self.impl)
         else:
             y, weights = attend_with_weights(q, k, v, mask=mask, add=probe)
-        y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="proj")(y.reshape(b, n, width))
+        y = nn.Dense(width, kernel_init=init, dtype=self.dtype, dot_general=dot, name="proj")(y.reshape(b, n, width))
         return (y, weights) if probe is not None else y
 
 
