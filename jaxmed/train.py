@@ -165,6 +165,9 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
         metrics.write_json(workdir / "config.json", config.to_dict())
     step = start_step
     pending: list[Pending] = []  # measurements still on the devices, so that no step waits for them
+    # Steps in flight beside the current one: a queue of batches is a queue of memory. On a CPU a queued step also takes
+    # its temporaries at once, and gains nothing.
+    ahead = 0 if mesh.devices.ravel()[0].platform == "cpu" else 2
     stopped = False
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(
@@ -186,8 +189,8 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
             step += 1
             waste = {f"padding/{k}": v for k, v in stream.padding(step - 1).items()}
             pending.append(Pending(step, measurements, waste))
-            if len(pending) > 2:  # at most three steps in flight: a queue of batches is a queue of memory
-                jax.block_until_ready(pending[-3].measurements)
+            if len(pending) > ahead:
+                jax.block_until_ready(pending[-1 - ahead].measurements)
             clock.add(
                 examples=spec["_mask"].shape[0] * (1.0 - waste["padding/rows_wasted"]),
                 flops=3.0 * objective.flops_fn(spec) if objective.flops_fn else 0.0,

@@ -6,7 +6,6 @@ groups = studies x scans x slabs, studies x scans or studies; when groups merge,
 they split, copied. Ragged studies are padded to a bucket and masked: results are those of the unpadded study.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -201,6 +200,7 @@ class Model(nn.Module):
         train: bool = False,
         draws: dict[str, Array] | None = None,
         probe: Float[Array, "b a n n"] | None = None,
+        inner: bool = True,
     ) -> tuple[Float[Array, "b *p z"], dict[str, Array]]:
         """Encodes studies.
 
@@ -216,6 +216,8 @@ class Model(nn.Module):
             What is absent is not random: positions in order, nothing dropped.
           probe: zeros, added to the attention weights of the last block (whose gradient it gets);
             the weights are then in `out["attention"]`. For heat maps.
+          inner: False: only the result is wanted. Where it is made of prefix tokens (`pool="token"`), the last block is
+            computed for these alone, and its outputs and "norm" have no patches (not with `scan_blocks`).
 
         Returns:
           z: float32, (b, z), or (b, p, z) with `keep_token_axis`; not normalised.
@@ -251,7 +253,7 @@ class Model(nn.Module):
         out["keep_count"] = jnp.int32(x.shape[1])
         masks = {k: None if mask is None else regroup(mask, sizes.groups(k)) for k in {*levels, "study"}}
         rotary = self._rotary(sizes, grid, order) if self.rope else dict.fromkeys(LEVELS)
-        x = self._blocks(x, sizes, masks, rotary, self._drops(draws), probe, out)
+        x = self._blocks(x, sizes, masks, rotary, self._drops(draws), probe, inner, out)
         x = layer_norm(1e-6, self.dtype, "norm")(x)
         out["norm"] = x
 
@@ -342,7 +344,7 @@ class Model(nn.Module):
         rest = [jnp.full((1, self.prefix_tokens, self.width // self.heads), x, jnp.float32) for x in (1.0, 0.0)]
         return {k: tuple(join(r, jnp.asarray(t)[i]) for t, r in zip(tables, rest)) for k, i in ids.items()}
 
-    def _blocks(self, x, sizes: Sizes, masks, rotary, drops, probe, out) -> Float[Array, "b p+n e"]:
+    def _blocks(self, x, sizes: Sizes, masks, rotary, drops, probe, inner, out) -> Float[Array, "b p+n e"]:
         """All blocks, from patches in the groups of the first level to tokens in studies."""
         prefix = [self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width))]
         if self.reg_tokens:
@@ -362,6 +364,7 @@ class Model(nn.Module):
             return self._scan(join(prefix, regroup(x, sizes.groups(levels[-1]))), go, keys, rotary, drops, fields)
         x, level = join(prefix, x), levels[0]
         out["block_00_in"] = x
+        wanted = p if self.pool == "token" and probe is None and not inner else None
         for i, new in enumerate(levels):
             x, level = go(x, level, new), new
             if self.remat == "none" or looped:
@@ -371,17 +374,20 @@ class Model(nn.Module):
             if probe is not None and i == self.depth - 1:
                 x, out["attention"] = block(x, keys[new], rotary[new], drops[i], probe)
             else:
-                x = block(x, keys[new], rotary[new], drops[i])
+                x = block(x, keys[new], rotary[new], drops[i], queries=wanted if i == self.depth - 1 else None)
             out[f"block_{i:02d}"] = x
         return go(x, level, "study")
 
     def _recomputed(self, fields, params, prevent_cse: bool = True):
         """A block as a function whose inner values the backward pass computes again, by the policy `remat`."""
 
-        def apply(params, *args):
-            return Block(**fields, parent=None).apply({"params": params}, *args)
+        def block(*args, queries=None):
+            def apply(params, *args):
+                return Block(**fields, parent=None).apply({"params": params}, *args, queries=queries)
 
-        return partial(jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=prevent_cse), params)
+            return jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=prevent_cse)(params, *args)
+
+        return block
 
     def _scan(self, x, go, keys, rotary, drops, fields):
         """The same blocks compiled once for all repeats of the level pattern; parameters are stacked here only.

@@ -128,11 +128,13 @@ class Model(nn.Module):
         *,
         train: bool = False,
         draws: Mapping[str, Any] | None = None,
+        inner: bool = True,
     ) -> tuple[tuple[Array | None, Array | None], dict[str, Array]]:
         """Either side may be left out (None comes back in its place).
 
         Args:
-          image, scan_depths, draws: what the image tower takes.
+          image, scan_depths, draws, inner: what the image tower takes; without `inner` it may leave out work on
+            intermediates that the features do not need.
           text: token ids, 0 = padding.
 
         Returns:
@@ -146,7 +148,7 @@ class Model(nn.Module):
         zimg = ztxt = None
         tower = make_tower("image", self.image) if self.image else None
         if image is not None:
-            zimg, inner = tower(image, scan_depths, train=train, draws=draws)
+            zimg, inner = tower(image, scan_depths, train=train, draws=draws, inner=inner)
             zimg = l2_normalize(zimg)
             out |= {f"image/{k}": v for k, v in inner.items()}
         if text is not None:

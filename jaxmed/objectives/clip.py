@@ -291,6 +291,7 @@ def build(
             batch.get("scan_depths"),
             train=rng is not None,
             draws=batch.get("draws"),
+            inner=False,
             rngs=None if rng is None else {"dropout": rng},
         )
         if image.ndim == 2:

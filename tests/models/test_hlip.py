@@ -170,6 +170,26 @@ def test_loop_scan_and_remat_are_equal():
 # Random numbers.
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"remat": "full"}, {"levels": ("slice", "scan")}, {"rope": True}, {"drop_path": 0.3}], ids=str
+)
+def test_the_last_block_of_prefix_tokens_alone_gives_the_same(fields):
+    model = tiny(**fields)
+    weights, image, depths = params(model), images(2, 3, 6, 8, 8), jnp.array([[6, 4, 0], [6, 6, 2]])
+
+    def loss_fn(weights, inner):
+        rngs = {"dropout": jax.random.key(5)}
+        z, out = model.apply({"params": weights}, image, depths, train="drop_path" in fields, rngs=rngs, inner=inner)
+        return (z**2).sum(), (z, out["norm"].shape[1])
+
+    (_, (z, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, True)
+    (_, (alone, prefix)), its_grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, False)
+    assert tokens == 3 * 3 * 4 + 1 and prefix == 1
+    np.testing.assert_allclose(alone, z, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(its_grads)):
+        np.testing.assert_allclose(b, a, atol=1e-5 * float(jnp.abs(a).max() + 1))
+
+
 def test_drawn_equals_given_and_rates():
     model = tiny(patch_drop=0.5, drop_path=0.5, max_num_scans=4)
     image, rngs = images(2, 3, 6, 16, 16), {"dropout": jax.random.key(3)}

@@ -146,8 +146,8 @@ class Model(nn.Module):
     drop: float = 0.0
 
     @nn.compact
-    def __call__(self, x, scan_depths=None, *, train=False, draws=None):
-        del scan_depths, draws
+    def __call__(self, x, scan_depths=None, *, train=False, draws=None, inner=True):
+        del scan_depths, draws, inner
         x = jnp.asarray(x, jnp.float32).reshape(x.shape[0], -1)
         x = jnp.pad(x, ((0, 0), (0, max(0, 6 - x.shape[1]))))  # texts of any length
         x = nn.Dropout(self.drop, deterministic=not train)(x)

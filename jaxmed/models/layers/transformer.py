@@ -51,8 +51,9 @@ class Attention(nn.Module):
     init_std: float = INIT_STD
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n e"], *, mask=None, rotary=None, probe=None):
-        """`rotary` = (cosine, sine) by token; with `probe` (added to the weights) also returns the weights."""
+    def __call__(self, x: Float[Array, "b n e"], *, mask=None, rotary=None, probe=None, queries=None):
+        """`rotary` = (cosine, sine) by token; with `probe` (added to the weights) also returns the weights; `queries`:
+        only of so many first tokens."""
         b, n, width = x.shape
         init = nn.initializers.normal(self.init_std)
         qkv = nn.Dense(3 * width, kernel_init=init, dtype=self.dtype, dot_general=dot, name="qkv")(x)
@@ -61,6 +62,7 @@ class Attention(nn.Module):
         )
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, n = q[:, :queries], queries or n
         weights = None
         if probe is None:
             y = attend(q, k, v, mask=mask, impl=self.impl)
@@ -74,6 +76,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     `drop` is what each of the two branches is multiplied by, per row: 0, or 1 / keep probability.
+    `queries`: the result has only so many first tokens (all are seen by them).
     """
 
     heads: int
@@ -91,15 +94,17 @@ class Block(nn.Module):
         rotary: tuple[Float[Array, "#b n k"], Float[Array, "#b n k"]] | None = None,
         drop: tuple[Float[Array, "b"], Float[Array, "b"]] | None = None,
         probe: Float[Array, "b a n n"] | None = None,
+        *,
+        queries: int | None = None,
     ):
         def branch(y, i):
             return y if drop is None else y * drop[i][:, None, None].astype(y.dtype)
 
         y = layer_norm(self.eps, self.dtype, "norm1")(x)
         attention = Attention(self.heads, self.impl, self.dtype, self.init_std, name="attn")
-        y = attention(y, mask=mask, rotary=rotary, probe=probe)
+        y = attention(y, mask=mask, rotary=rotary, probe=probe, queries=queries)
         y, weights = y if probe is not None else (y, None)
-        x = x + branch(y, 0)
+        x = x[:, :queries] + branch(y, 0)
         y = layer_norm(self.eps, self.dtype, "norm2")(x)
         x = x + branch(Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, self.init_std, name="mlp")(y), 1)
         return (x, weights) if probe is not None else x
