@@ -1,7 +1,8 @@
 """HLIP against a PyTorch peer on this machine: `python -m tests.benchmarks.hlip [--part=train|input|all] [--json=OUT]`.
 
 Needs `pip install -e '.[bench]'` (torch, timm, transformers); `--part=input` also the real files of `tests.fetch_data`.
-Both sides run on the same cores in processes of their own and take turns; medians are printed.
+Both sides run on the same cores in processes of their own and take turns; medians over epochs are printed, with the
+lowest and the highest ratio.
 """
 
 import argparse
@@ -34,45 +35,61 @@ def train(args, folder: str) -> list[dict]:
 
     jaxmed_hlip.write(folder)
     rows = []
-    forms = {name: FORMS[name] for name in args.forms.split(",")} if args.forms else FORMS
+    forms = {name.strip(): FORMS[name.strip()] for name in args.forms.split(";")} if args.forms else FORMS
     for dtype in args.dtypes.split(","):
         for form, tower in forms.items():
             if dtype != "float32" and form != next(iter(forms)):
                 continue
-            job = {"kind": "train", "folder": folder, "dtype": dtype, "tower": tower}
+            job = {"kind": "train", "folder": folder, "dtype": dtype, "tower": tower, "kinds": args.kinds.split(",")}
             with Worker(OURS, **job) as ours, Worker(PEER, **job) as peer:
                 ours.ask("check", file=f"{folder}/check.npz")
                 error = peer.ask("check", file=f"{folder}/check.npz")
             print(f"\n{dtype}, {form}: largest difference to the peer: " + _numbers(error), flush=True)
             with Worker(OURS, **job) as ours, Worker(PEER, **job) as peer:
-                rows += _measure(ours, peer, args.repeats, {"dtype": dtype, "form": form, "difference": error})
-            _print_pair(rows[-2:])
+                rows += _measure(
+                    ours, peer, job["kinds"], args.repeats, {"dtype": dtype, "form": form, "difference": error}
+                )
+            _print_pair(rows[-len(job["kinds"]) :])
     return rows
 
 
-def _measure(ours: Worker, peer: Worker, repeats: int, about: dict) -> list[dict]:
+def _measure(ours: Worker, peer: Worker, kinds: list[str], repeats: int, about: dict) -> list[dict]:
     sides = {"jaxmed": ours, "peer": peer}
     for side in sides.values():
         side.ask("build")
-        side.ask("epoch", kind="equal", epoch=0, warm=True)
     rows = []
-    for kind in work.KINDS:
-        answers = {name: [] for name in sides}
-        for epoch in range(repeats):
-            for name, side in sides.items():
-                answers[name].append(side.ask("epoch", kind=kind, epoch=epoch))
+    for kind in kinds:
+        epochs = [_epoch(sides, kind, epoch) for epoch in range(repeats + 1)][1:]  # the first one warms up
         row = {**about, "kind": kind, "load": os.getloadavg()[0]}
-        for name, found in answers.items():
-            n = work.STUDIES[kind]
+        for name in sides:
+            found = [epoch[name] for epoch in epochs]
             row[name] = {
-                "studies_per_second": statistics.median(n / sum(a["seconds"]) for a in found),
-                "studies_per_cpu_second": statistics.median(n / a["cpu_seconds"] for a in found),
+                "studies_per_second": statistics.median(work.STUDIES[kind] / a["seconds"] for a in found),
+                "studies_per_cpu_second": statistics.median(work.STUDIES[kind] / a["cpu_seconds"] for a in found),
                 "peak_gb": max(a["peak_bytes"] for a in found) / 1e9,
                 "build_gb": found[0]["built_peak_bytes"] / 1e9,
-                "steps": len(found[0]["seconds"]),
             }
+        for field, key in (("speed", "seconds"), ("cpu_speed", "cpu_seconds")):
+            row[field] = [epoch["peer"][key] / epoch["jaxmed"][key] for epoch in epochs]
         rows.append(row)
     return rows
+
+
+def _epoch(sides: dict[str, Worker], kind: str, epoch: int) -> dict[str, dict]:
+    """Sums over the steps of an epoch. The sides take turns step by step: the machine's own speed drifts in minutes."""
+    steps = {name: side.ask("prepare", kind=kind, epoch=epoch) for name, side in sides.items()}
+    found = {name: [] for name in sides}
+    for number in range(max(steps.values())):
+        for name, side in sides.items():
+            if number < steps[name]:
+                found[name].append(side.ask("step", number=number))
+    return {
+        name: {
+            **{key: sum(a[key] for a in answers) for key in ("seconds", "cpu_seconds")},
+            **{key: max(a[key] for a in answers) for key in ("peak_bytes", "built_peak_bytes")},
+        }
+        for name, answers in found.items()
+    }
 
 
 def _numbers(values: dict) -> str:
@@ -85,8 +102,8 @@ def _print_pair(rows: list[dict]) -> None:
         print(
             f"  {row['kind']:7} jaxmed {a['studies_per_second']:.2f} studies/s, {a['peak_gb']:.1f} GB; "
             f"peer {b['studies_per_second']:.2f} studies/s, {b['peak_gb']:.1f} GB; speed x"
-            f"{a['studies_per_second'] / b['studies_per_second']:.2f} (by CPU time x"
-            f"{a['studies_per_cpu_second'] / b['studies_per_cpu_second']:.2f}), memory x"
+            f"{statistics.median(row['speed']):.2f} ({min(row['speed']):.2f}-{max(row['speed']):.2f}; by CPU time x"
+            f"{statistics.median(row['cpu_speed']):.2f}), memory x"
             f"{a['peak_gb'] / b['peak_gb']:.2f} (while compiling {a['build_gb']:.1f} GB); load {row['load']:.1f}",
             flush=True,
         )
@@ -134,7 +151,8 @@ def main() -> None:
     parser.add_argument("--part", default="all", choices=("train", "input", "all"))
     parser.add_argument("--json", metavar="OUT", help="write every number there")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each side (default 3)")
-    parser.add_argument("--forms", default="", help="only these of " + "; ".join(FORMS))
+    parser.add_argument("--kinds", default=",".join(work.KINDS), help="of studies (default %(default)s)")
+    parser.add_argument("--forms", default="", help="only these, with semicolons between, of " + "; ".join(FORMS))
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--epochs", type=int, default=4, metavar="N", help="passes over the volumes in a turn")
     args = parser.parse_args()

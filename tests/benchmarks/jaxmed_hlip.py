@@ -44,7 +44,7 @@ class Trainer:
                 context=work.TEXT["max_positions"],
                 sharding=sharding.batch_sharding(self.mesh),
             )
-            for kind in work.KINDS
+            for kind in job["kinds"]
         }
         spec = {bucket: shapes for stream in self.streams.values() for bucket, shapes in stream.spec.items()}
         tower = {"dtype": job["dtype"], **job["tower"]}
@@ -80,7 +80,7 @@ class Trainer:
 
     def check(self, file: str) -> None:
         """Writes our weights, one batch, and what we make of it."""
-        [(_, batch)] = self._batches("equal", 0)[:1]
+        [(_, batch)] = self._batches(next(iter(self.streams)), 0)[:1]
         params = self.state["params"]
 
         def loss_fn(params, batch):

@@ -40,8 +40,11 @@ def serve(job: str, kinds) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         do = request.pop("do")
-        if do == "epoch":
-            answer = _epoch(side, **request)
+        if do == "prepare":
+            batches = side.prepare(**request)
+            answer = len(batches)
+        elif do == "step":
+            answer = _step(side, batches[request["number"]])
         elif do == "timed":
             answer = _timed(side.run, **request)
         else:
@@ -49,7 +52,7 @@ def serve(job: str, kinds) -> None:
         if do == "build":
             built = resident() - imports
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: now it is that of the work itself
-        if do == "epoch":
+        if do == "step":
             answer |= {"peak_bytes": resident() - imports, "built_peak_bytes": built}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
@@ -61,18 +64,10 @@ def _timed(run, **arguments) -> dict:
     return {"value": value, "seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - cpu}
 
 
-def _epoch(side, kind: str, epoch: int, warm: bool = False) -> dict:
-    """Steps over all batches of an epoch, timed one by one; batches are made before."""
-    batches = side.prepare(kind, epoch)
-    if warm:
-        batches = batches[:1]
-    seconds = []
-    cpu = cpu_seconds()
-    for batch in batches:
-        start = time.perf_counter()
-        loss = side.finish(side.step(batch))
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds() - cpu, "loss": loss}
+def _step(side, batch) -> dict:
+    cpu, start = cpu_seconds(), time.perf_counter()
+    loss = side.finish(side.step(batch))
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - cpu, "loss": loss}
 
 
 class Worker:
