@@ -128,7 +128,7 @@ def _b2nd_decode(data, shape, dtype, start, stop, out) -> np.ndarray:
 
 
 CODECS = {
-    "lz4": _chunk_codec(blosc2.Codec.LZ4, 1),
+    "lz4": _chunk_codec(blosc2.Codec.LZ4HC, 5),
     "zstd": _chunk_codec(blosc2.Codec.ZSTD, 5),  # higher levels cost nothing when reading
     "raw": Codec(_raw_encode, _raw_decode, "group_size:1,zstd:1"),
     "b2nd": Codec(_b2nd_encode, _b2nd_decode, "group_size:1,uncompressed"),
