@@ -189,7 +189,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
             if len(pending) > 2:  # at most three steps in flight: a queue of batches is a queue of memory
                 jax.block_until_ready(pending[-3].measurements)
             clock.add(
-                examples=spec["_mask"].shape[0] * (1.0 - waste["padding/rows_wasted"]),
+                examples=waste["padding/records"],
                 flops=3.0 * objective.flops_fn(spec) if objective.flops_fn else 0.0,
             )
             progress.update()

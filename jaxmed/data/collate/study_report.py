@@ -24,7 +24,7 @@ from jaxmed.core import memory
 from jaxmed.core.errors import UserError
 from jaxmed.core.rng import np_rng
 from jaxmed.data.ops import scan_indices
-from jaxmed.data.plan import PAD, Bucket
+from jaxmed.data.plan import PAD, Bucket, row_elements
 from jaxmed.data.record import StudyReader
 from jaxmed.data.shards import Dataset
 from jaxmed.data.tokenize import OVERFLOW, Tokenizer
@@ -67,6 +67,9 @@ class StudyReport:
         wanted = {*self.keys, "scan_depths"} if "image" in self.keys else set(self.keys)
         fixed = {"_mask": ((b,), np.dtype(np.float32)), "_id": ((b,), np.dtype(np.int32))}
         return {k: v for k, v in every.items() if k in wanted} | fixed
+
+    def slots(self, bucket: Bucket) -> int:
+        return row_elements(bucket)
 
     def assemble(self, bucket: Bucket, ids: np.ndarray, step: int, pool: Executor | None) -> dict[str, np.ndarray]:
         spec = self.spec(bucket, len(ids))
@@ -152,7 +155,7 @@ def make(
     *,
     train: bool,
     seed: int,
-    buckets: Mapping[str, Sequence[int]],
+    buckets: Mapping[str, Sequence[int]] | None,
     keys: Sequence[str] = ("image", "text"),
     scan_sampling: str = "all",
     num_scans: int | None = None,
@@ -197,8 +200,8 @@ def make(
     ):
         if value not in known:
             raise UserError(f"input.{field}={value!r} is not known; use one of {', '.join(known)}")
-    if set(buckets) != {"scans", "depth"}:
-        raise UserError(f"input.buckets has {sorted(buckets)}; studies are planned by 'scans' and 'depth'")
+    if set(buckets or ()) != {"scans", "depth"}:
+        raise UserError(f"input.buckets has {sorted(buckets or ())}; studies are planned by 'scans' and 'depth'")
     most = max(buckets["scans"])
     if scan_sampling == "repeat" and (num_scans is None or not 1 <= num_scans <= most):
         raise UserError(
