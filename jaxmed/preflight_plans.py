@@ -12,7 +12,7 @@ from jaxmed.data import plan as planning
 from jaxmed.data.plan import PAD, Step
 from jaxmed.data.plan_cost import Cost
 from jaxmed.data.plan_length import make_cost
-from jaxmed.data.plan_pack import BLOCK
+from jaxmed.data.plan_pack import row_attention, row_linear, touched
 
 COLUMNS = ("shapes", "tokens", "poster_compute", "attention", "flops", "wasted", "steps", "slowest_device")
 BOUNDED = ("tokens", "poster_compute", "attention", "flops")
@@ -126,9 +126,6 @@ def measure(plan: planning.Plan, tokens: np.ndarray, *, patch: int, cost: Cost, 
 def step_cost(step: Step, counts: np.ndarray, patch: int, cost: Cost) -> np.ndarray:
     """(3, rows): tokens, pairs in attention and FLOPs of every row of a batch; padding costs what it computes.
 
-    Packed rows have static buffers: N patches and K class tokens in the decoder, the visible part of N and K class
-    tokens in the encoder.
-
     Args:
       counts: (n + 1,) patches of every image, then a 0 for `PAD`.
     """
@@ -137,31 +134,13 @@ def step_cost(step: Step, counts: np.ndarray, patch: int, cost: Cost) -> np.ndar
         n = bucket["tokens"] if "tokens" in bucket else -(-bucket["height"] // patch) * -(-bucket["width"] // patch)
         return np.repeat(np.array([[n], [float(n) ** 2], [float(cost.image(n))]]), b, axis=1)
     n, k = bucket["tokens"], bucket["images"]
-    linear = float(cost.linear(n, cost.visible(n) - 1 + k, n + k))
     if "attention" in bucket:
         a = bucket["attention"]
-        return np.repeat(np.array([[n], [k * float(a) ** 2], [linear + k * float(cost.image_attention(a))]]), b, axis=1)
+        flops = row_linear(n, k, cost) + k * float(cost.image_attention(a))
+        return np.repeat(np.array([[n], [k * float(a) ** 2], [flops]]), b, axis=1)
     inside = counts[step.ids]
-    real = step.ids != PAD
-    pairs = touched(inside)
-    flops = linear + cost.attention(touched(np.where(real, cost.visible(inside), 0)), touched(inside + real))
-    return np.stack([np.full(b, float(n)), pairs, flops])
-
-
-def touched(segments: np.ndarray) -> np.ndarray:
-    """(rows,) pairs of tokens in the blocks that a block-skipping kernel computes: those where an image meets itself.
-
-    Args:
-      segments: (rows, k) tokens of the images that lie one after the other in each row; 0 for none.
-    """
-    ends = np.cumsum(segments, axis=1).astype(np.int64)
-    first, last = (ends - segments.astype(np.int64)) // BLOCK, (ends - 1) // BLOCK
-    blocks = np.where(segments > 0, (last - first + 1) ** 2, 0).sum(1)
-    # A block on the diagonal that the end of one image and the start of the next share was counted for each.
-    reached = np.maximum.accumulate(np.where(segments > 0, last, -1), axis=1)
-    before = np.concatenate([np.full((len(segments), 1), -1), reached[:, :-1]], axis=1)
-    shared = ((segments > 0) & (before >= first)).sum(1)
-    return (blocks - shared) * float(BLOCK) ** 2
+    flops = row_linear(n, k, cost) + row_attention(inside, cost)
+    return np.stack([np.full(b, float(n)), touched(inside), flops])
 
 
 def exceeded(

@@ -20,15 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Float, Int, Int64, Num
 
 from jaxmed.core.errors import UserError
 from jaxmed.data.plan import PAD, Bucket, Sizes, Step, nothing_left
+from jaxmed.data.plan_cost import Cost
 from jaxmed.data.plan_length import by_count, drop_incomplete, fit_cuts, make_cost
 
 FORMS = ("blocks", "rebucket")
 ALIGN = 16  # fitted row lengths are multiples of this
-BLOCK = 128  # edge of the blocks that attention skips: rows begin at one, so short rows waste fewer
+BLOCK = 128  # edge of the blocks that attention skips
+SLOWER = 2.0  # attention runs at about half the speed of matrix products
 
 
 def fit(
@@ -51,8 +53,7 @@ def fit(
     Args:
       sizes: with "tokens".
       buckets: `{"tokens": (N,)}` and `"images": (K,)`: the most tokens and images of a row. Default of tokens: for
-        "blocks" one block more than the largest image needs, for "rebucket" what the budget gives every device; of
-        images: fitted, or no limit.
+        "blocks" what is cheapest, for "rebucket" what the budget gives every device; of images: no limit.
       batch_size, budget: rows, or padded tokens, of a global batch at most.
       attention: one of `FORMS`.
       lengths, multiple: of "rebucket": the token counts that attention is padded to, see `plan_length.fit`.
@@ -70,10 +71,9 @@ def fit(
         )
     room, images = (_one(buckets or {}, axis) for axis in ("tokens", "images"))
     model = make_cost(cost)
-    if room is None and budget is not None:
+    fixed = room is not None
+    if not fixed and budget is not None:
         room = budget // multiple_of
-        if attention == "blocks":
-            room = min(room, (-(-int(sizes["tokens"].max()) // BLOCK) + 1) * BLOCK)
     rows = _rows(room, batch_size, budget, multiple_of)
     longest = int(np.argmax(sizes["tokens"]))
     if (need := int(sizes["tokens"][longest])) > room:
@@ -86,7 +86,9 @@ def fit(
     if attention == "rebucket":
         parts = _rebucket(counts, room, images, rows, multiple_of, lengths, multiple, model, drop_remainder)
     else:
-        parts = _blocks(counts, room, images, rows, multiple_of, model, drop_remainder)
+        table, tokens = _cheapest_rows(counts, room, None if fixed else BLOCK, images, model)
+        rows = _rows(tokens, batch_size, budget, multiple_of)
+        parts = [_batches(table, tokens, counts, rows, multiple_of, drop_remainder)]
     return Rows(sizes["tokens"], ids, tuple(parts))
 
 
@@ -175,36 +177,58 @@ class Part:
     places: np.ndarray
 
 
-def _blocks(counts, room, images, rows, multiple_of, cost, drop_remainder) -> list[Part]:
-    # More places for images cost a class token each, fewer leave rows of small images half empty.
-    usual = room / counts.mean()
-    limits = [images] if images else sorted({min(len(counts), int(np.ceil(f * usual))) for f in (1.5, 2, 3, 4, 8)})
-    tried = [(room, images or 0, best_fit(counts, room, limit)) for limit in limits]
-    # Images of few different sizes can leave a gap in every row; then equal numbers per row make a shorter row.
-    each = min(limits[-1], max(1, int(usual)))
-    for k in {each, max(1, each - 1)}:
-        dealt = deal(counts, -(-len(counts) // k))
-        longest = -(-int(np.append(counts, 0)[dealt].sum(1).max()) // ALIGN) * ALIGN
-        if longest <= room:
-            tried.append((longest, images or 0, [row[row != PAD].tolist() for row in dealt]))
-    tried = [(n, k or max(map(len, packed)), packed) for n, k, packed in tried]
-    tokens, k, packed = min(
-        tried, key=lambda t: len(t[2]) * cost.linear(t[0], cost.visible(t[0]) - 1 + t[1], t[0] + t[1])
-    )
-    table = np.full((len(packed), k), PAD)
-    for line, row in zip(table, packed):
+def _cheapest_rows(
+    counts: np.ndarray, room: int, shorter: int | None, images: int | None, cost: Cost
+) -> tuple[np.ndarray, int]:
+    """Rows for any images, as places (rows, K), and their tokens N: of what is tried, the cheapest.
+
+    Args:
+      shorter: rows may be shorter than `room`, multiples of this.
+    """
+    rooms, tried = [room], []
+    if shorter is not None:
+        longest = -(-int(counts[-1]) // shorter) * shorter
+        rooms = sorted({min(room, n) for n in (longest + shorter, 2 * longest, 4 * longest)})
+    for n in rooms:
+        usual = n / counts.mean()
+        # More places for images cost a class token each, fewer leave rows of small images half empty.
+        limits = [images] if images else sorted({min(len(counts), int(np.ceil(f * usual))) for f in (2, 4)})
+        tried += [(n, _as_table(best_fit(counts, n, limit))) for limit in limits]
+        # Images of few different sizes can leave a gap in every row; equal numbers of them make a shorter row.
+        dealt = deal(counts, -(-len(counts) // min(limits[-1], max(1, int(usual)))))
+        fullest = -(-int(np.append(counts, 0)[dealt].sum(1).max()) // ALIGN) * ALIGN
+        if fullest <= n:
+            tried.append((fullest, dealt))
+
+    def price(tokens: int, table: np.ndarray) -> float:
+        attention = row_attention(np.append(counts, 0)[table], cost).sum()
+        return float(len(table) * row_linear(tokens, images or table.shape[1], cost) + SLOWER * attention)
+
+    tokens, table = min(tried, key=lambda t: price(*t))
+    blank = np.full((len(table), (images or table.shape[1]) - table.shape[1]), PAD)
+    return np.concatenate([table, blank], axis=1), tokens
+
+
+def _as_table(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    table = np.full((len(rows), max(map(len, rows))), PAD)
+    for line, row in zip(table, rows):
         line[: len(row)] = row
+    return table
+
+
+def _batches(table: np.ndarray, tokens: int, counts: np.ndarray, rows: int, multiple_of: int, drop: bool) -> Part:
+    """Batches of rows with similar work, so that no device waits for another; at most `rows` rows each."""
     sizes = np.append(counts, 0)[table]
-    table = table[np.lexsort((sizes.sum(1), (sizes**2).sum(1)))[::-1]]  # by the work of attention, most first
+    table = table[np.lexsort((sizes.sum(1), (sizes**2).sum(1)))[::-1]]
     steps = -(-len(table) // rows)
     rows = -(-len(table) // steps // multiple_of) * multiple_of
-    if drop_remainder:
+    if drop:
         steps = len(table) // rows
         if not steps:
             raise nothing_left(len(counts), rows)
-    blank = np.full((max(0, steps * rows - len(table)), k), PAD)
-    places = np.concatenate([table, blank])[: steps * rows].reshape(steps, rows, k)
-    return [Part((("images", k), ("tokens", tokens)), places)]
+    blank = np.full((max(0, steps * rows - len(table)), table.shape[1]), PAD)
+    places = np.concatenate([table, blank])[: steps * rows].reshape(steps, rows, -1)
+    return Part((("images", table.shape[1]), ("tokens", tokens)), places)
 
 
 def _rebucket(counts, room, images, rows, multiple_of, lengths, multiple, cost, drop_remainder) -> list[Part]:
@@ -225,6 +249,40 @@ def _rebucket(counts, room, images, rows, multiple_of, lengths, multiple, cost, 
         bucket = (("attention", part.length), ("images", dealt.shape[1]), ("tokens", tokens))
         parts.append(Part(bucket, dealt.reshape(part.steps, rows, -1)))
     return parts
+
+
+# --- what rows cost --------------------------------------------------------------------------------------------------
+
+
+def row_linear(tokens: int, images: int, cost: Cost) -> float:
+    """FLOPs of everything but attention in one row of N patches and K images.
+
+    Buffers are static: N patches and K class tokens in the decoder, the visible part of N and K class tokens in the
+    encoder.
+    """
+    return float(cost.linear(tokens, cost.visible(tokens) - 1 + images, tokens + images))
+
+
+def row_attention(inside: Int[np.ndarray, "rows k"], cost: Cost) -> Float[np.ndarray, "rows"]:
+    """FLOPs of attention that skips blocks, for the patches of the images in each row (0 for none)."""
+    real = inside > 0
+    return cost.attention(touched(np.where(real, cost.visible(inside), 0)), touched(inside + real))
+
+
+def touched(segments: Num[np.ndarray, "rows k"]) -> Float[np.ndarray, "rows"]:
+    """(rows,) pairs of tokens in the blocks that a block-skipping kernel computes: those where an image meets itself.
+
+    Args:
+      segments: (rows, k) tokens of the images that lie one after the other in each row; 0 for none.
+    """
+    ends = np.cumsum(segments, axis=1).astype(np.int64)
+    first, last = (ends - segments.astype(np.int64)) // BLOCK, (ends - 1) // BLOCK
+    blocks = np.where(segments > 0, (last - first + 1) ** 2, 0).sum(1)
+    # A block on the diagonal that the end of one image and the start of the next share was counted for each.
+    reached = np.maximum.accumulate(np.where(segments > 0, last, -1), axis=1)
+    before = np.concatenate([np.full((len(segments), 1), -1), reached[:, :-1]], axis=1)
+    shared = ((segments > 0) & (before >= first)).sum(1)
+    return (blocks - shared) * float(BLOCK) ** 2
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import numpy as np
 from jaxmed.core import memory
 from jaxmed.core.errors import UserError
 from jaxmed.core.rng import np_rng
+from jaxmed.data.labels import columns as label_columns
 from jaxmed.data.ops import scan_indices
 from jaxmed.data.plan import PAD, Bucket, row_elements
 from jaxmed.data.record import StudyReader
@@ -226,19 +227,7 @@ def make(
     elements = np.zeros(len(index["key"]))
     elements[ids] = np.minimum(index["slices"][ids] / scans, depth) * shown
 
-    known = list(dataset.manifest["classes"])
-    chosen = known if classes is None else list(classes)
-    if unknown := [name for name in chosen if name not in known]:
-        raise UserError(
-            f"input.classes: {dataset.name} has no label {unknown[0]!r}; it has {', '.join(known) or 'none'}"
-        )
-    if "label" in keys and not chosen:
-        raise UserError(
-            f"input.keys asks for 'label', but {dataset.name} has no labels: give prep a manifest with them"
-        )
-    labels = np.zeros((len(index["key"]), 0), np.float32)
-    if "label" in keys:
-        labels = np.stack([index[f"label/{name}"] for name in chosen], axis=1).astype(np.float32)
+    chosen, labels = label_columns(dataset, classes, "label" in keys)
 
     tokenizer = Tokenizer(vocab, lowercase=lowercase) if with_text else None
     options: dict[str, Any] = {
