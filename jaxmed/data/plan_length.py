@@ -10,6 +10,7 @@ Buckets are `(("tokens", N),)`; all rows of a step have the same.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ def fit(
       buckets: `{"tokens": lengths}` instead of fitted ones.
       batch_size, budget: images, or padded tokens, of a global batch at most.
       lengths: the most that may be fitted.
-      multiple: fitted lengths are multiples of this.
+      multiple: fitted lengths are multiples of this, unless there is one for each count that occurs.
       cost: the model's sizes, see `plan_cost.Cost`; lengths are fitted to its FLOPs.
 
     Raises:
@@ -111,6 +112,8 @@ def fit_lengths(
     for name, value in (("lengths", most), ("multiple", multiple)):
         if isinstance(value, bool) or int(value) != value or value < 1:
             raise UserError(f"input.plan_options.{name}={value!r} must be a whole number of at least 1")
+    if len(np.unique(counts)) <= most:  # nothing needs to be rounded
+        multiple = 1
     candidates, images = np.unique(-(-counts // multiple) * multiple, return_counts=True)
     if len(candidates) > CANDIDATES:
         raise UserError(
@@ -151,10 +154,23 @@ def fit_cuts(
       counts: ascending.
       rows: most images of a batch, for given lengths.
     """
+
+    def price(lengths: Sequence[int]) -> float:
+        cuts = cut(counts, lengths, rows(lengths), multiple_of)
+        padded = np.array([(c.length, c.steps * c.rows) for c in cuts])
+        return float((cost(padded[:, 0]) * padded[:, 1]).sum())
+
     groups = counts[::-1][::multiple_of][::-1]  # the longest of every group
-    tried = fit_lengths(counts, most, multiple, cost) + fit_lengths(groups, most, multiple, cost)
-    made = [cut(counts, lengths, rows(lengths), multiple_of) for lengths in tried]
-    return min(made, key=lambda cuts: sum(c.steps * c.rows * float(cost(np.array(c.length))) for c in cuts))
+    best = min(fit_lengths(counts, most, multiple, cost) + fit_lengths(groups, most, multiple, cost), key=price)
+    # What whole batches cost is no sum over lengths: from the best so far, single lengths are moved while it helps.
+    found, least = True, price(best)
+    while found:
+        found = False
+        for i, step in product(range(len(best) - 1), (-2, -1, 1, 2)):
+            moved = sorted({*best[:i], best[i] + step * multiple, *best[i + 1 :]})
+            if moved[0] > 0 and moved[-1] == best[-1] and len(moved) == len(best) and (this := price(moved)) < least:
+                best, least, found = moved, this, True
+    return cut(counts, best, rows(best), multiple_of)
 
 
 def cut(counts: np.ndarray, lengths: Sequence[int], most: Mapping[int, int], multiple_of: int) -> list[Cut]:

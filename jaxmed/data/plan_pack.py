@@ -28,7 +28,7 @@ from jaxmed.data.plan_cost import Cost
 from jaxmed.data.plan_length import by_count, drop_incomplete, fit_cuts, make_cost
 
 FORMS = ("blocks", "rebucket")
-ALIGN = 16  # fitted row lengths are multiples of this
+ALIGN = 16  # fitted row lengths are multiples of this, where that costs less than 0.5 percent
 BLOCK = 128  # edge of the blocks that attention skips
 SLOWER = 2.0  # attention runs at about half the speed of matrix products
 
@@ -196,7 +196,7 @@ def _cheapest_rows(
         tried += [(n, _as_table(best_fit(counts, n, limit))) for limit in limits]
         # Images of few different sizes can leave a gap in every row; equal numbers of them make a shorter row.
         dealt = deal(counts, -(-len(counts) // min(limits[-1], max(1, int(usual)))))
-        fullest = -(-int(np.append(counts, 0)[dealt].sum(1).max()) // ALIGN) * ALIGN
+        fullest = _fullest(counts, dealt)
         if fullest <= n:
             tried.append((fullest, dealt))
 
@@ -207,6 +207,13 @@ def _cheapest_rows(
     tokens, table = min(tried, key=lambda t: price(*t))
     blank = np.full((len(table), (images or table.shape[1]) - table.shape[1]), PAD)
     return np.concatenate([table, blank], axis=1), tokens
+
+
+def _fullest(counts: np.ndarray, table: np.ndarray) -> int:
+    """The length that rows (places) need."""
+    tokens = int(np.append(counts, 0)[table].sum(1).max())
+    aligned = -(-tokens // ALIGN) * ALIGN
+    return aligned if aligned <= 1.005 * tokens else tokens
 
 
 def _as_table(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -245,7 +252,7 @@ def _rebucket(counts, room, images, rows, multiple_of, lengths, multiple, cost, 
         dealt = deal(counts[start:end], part.steps * rows)
         dealt[dealt != PAD] += start
         end = start
-        tokens = -(-int(np.append(counts, 0)[dealt].sum(1).max()) // ALIGN) * ALIGN
+        tokens = _fullest(counts, dealt)
         bucket = (("attention", part.length), ("images", dealt.shape[1]), ("tokens", tokens))
         parts.append(Part(bucket, dealt.reshape(part.steps, rows, -1)))
     return parts

@@ -120,10 +120,15 @@ class Radiographs:
         scan = record.study([0])["scans"][0]
         voxels = scan["voxels"]
         height, width = (int(self.dataset.index[side][id]) for side in ("height", "width"))
-        if voxels.shape not in ((1, height, width), (1, height, width, 1)) or voxels.dtype.kind != "u":
+        if (
+            "range" not in scan["meta"]
+            or voxels.shape not in ((1, height, width), (1, height, width, 1))
+            or voxels.dtype.kind != "u"
+        ):
             raise UserError(
-                f"study {record.key}: {voxels.shape} {voxels.dtype} instead of (1, {height}, {width}) uint16; make the "
-                "shards again with python -m jaxmed.prep --recipe=radiograph"
+                f"study {record.key}: {voxels.shape} {voxels.dtype} with {sorted(scan['meta'])} instead of "
+                f"(1, {height}, {width}) uint16 with 'range' and what else describes intensities; make the shards "
+                "again with python -m jaxmed.prep --recipe=radiograph"
             )
         high, wide, p, _ = cells.shape
         shown = np.zeros((high * p, wide * p), np.uint16)
