@@ -84,8 +84,9 @@ def read_config(name: str, overrides: list[str]) -> Config:
     if not path.is_file():
         raise UserError(f"--config={path}: there is no such file")
     values = flags.FlagValues()  # of its own: that of `main` is for its own command line
-    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True)
-    if left := parse_flags(["", f"--config={name}", *overrides], values)[1:]:
+    argv = ["", f"--config={name}", *overrides]
+    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, lock_config=True, sys_argv=argv)
+    if left := parse_flags(argv, values)[1:]:
         raise UserError(f"unexpected argument {left[0]!r}; usage: {__doc__.splitlines()[0]}")
     return Config(holder.value.to_dict())
 

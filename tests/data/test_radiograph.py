@@ -140,7 +140,7 @@ def test_the_hash_sees_what_decides_a_batch(dir):
     options = WAYS["length"]["plan_options"]
     changes = [
         {"patch": 5}, {"intensity": "reference"}, {"keys": ("patch",)}, {"classes": ("left",)}, {"seed": 4},
-        {"budget": 500}, {"way": "blocks"}, {"way": "dbb"}, {"plan_options": {**options, "lengths": 3}},
+        {"budget": 960}, {"way": "blocks"}, {"way": "dbb"}, {"plan_options": {**options, "lengths": 3}},
         {"plan_options": {**options, "cost": {**COST, "depth": 2}}},
     ]  # fmt: skip
     assert digest() == digest(threads=3)
