@@ -68,12 +68,12 @@ def join_cluster(multihost: bool) -> None:
         jax.distributed.initialize()
 
 
-def parse_flags(argv) -> list[str]:
+def parse_flags(argv, values: flags.FlagValues = flags.FLAGS) -> list[str]:
     for arg in argv:
         if arg.startswith("--config="):  # a config imports its neighbours, wherever the command is started
             sys.path.append(str(Path(arg.partition("=")[2]).resolve().parents[1]))
     try:
-        return flags.FLAGS(argv)
+        return values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(_one_line(e, argv)) from None
 

@@ -65,6 +65,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
     log_every, save_every = log.at_least(1, "every_steps", 50), ckpt.at_least(1, "every_steps", 1000)
     tensorboard = log.get("tensorboard", False)
     title = config.get("title", "jaxmed")
+    config.get("preflight", Config({})).to_dict()  # read by `python -m jaxmed.preflight`
     say(f"{title}: {len(mesh.devices.ravel())} x {mesh.devices.ravel()[0].device_kind}, mesh {dict(mesh.shape)}")
 
     # ---- Data. Every batch is a pure function of (plan, step): no iterator has a state.
@@ -192,7 +193,7 @@ def _run(config: Config, workdir: Path, mesh, peak: float, say) -> dict[str, Any
             if len(pending) > ahead:
                 jax.block_until_ready(pending[-1 - ahead].measurements)
             clock.add(
-                examples=spec["_mask"].shape[0] * (1.0 - waste["padding/rows_wasted"]),
+                examples=waste["padding/records"],
                 flops=3.0 * objective.flops_fn(spec) if objective.flops_fn else 0.0,
             )
             progress.update()

@@ -29,9 +29,8 @@ from jaxmed.data.shards import open_dataset, split_ids
 class _Planned:
     """The plans of all epochs, computed when needed; every process and worker computes the same."""
 
-    def __init__(self, collate, options: Mapping[str, Any]):
-        self._sizes, self._ids = collate.sizes, collate.ids
-        self._options = dict(options)
+    def __init__(self, planner: planning.Planner, seed: int, shuffle: bool):
+        self._planner, self._seed, self._shuffle = planner, seed, shuffle
         self._cache: dict[int, Plan] = {}
         self._lock = threading.Lock()
         self.steps_per_epoch = len(self.epoch(0).steps)
@@ -47,7 +46,9 @@ class _Planned:
             if epoch not in self._cache:
                 while len(self._cache) > 1:  # read-ahead spans at most two epochs
                     self._cache.pop(next(iter(self._cache)))
-                self._cache[epoch] = planning.plan(self._sizes, self._ids, epoch=epoch, **self._options)
+                self._cache[epoch] = planning.epoch_of(
+                    self._planner, seed=self._seed, epoch=epoch, shuffle=self._shuffle
+                )
             return self._cache[epoch]
 
     def step(self, k: int) -> Step:
@@ -124,12 +125,12 @@ class Stream:
         return [str(key) for key in self._collate.dataset.index["key"][ids[ids != PAD]]]
 
     def padding(self, step: int) -> dict[str, float]:
-        """`{"rows_wasted", "tokens_wasted"}`: fractions of a global batch that carry no data; `"tokens"`: its size."""
-        return planning.padding(self.step(step), self._collate.elements)
+        """What a global batch wastes, and its size; see `plan.padding`."""
+        return planning.padding(self.step(step), self._collate.elements, self._collate.slots)
 
     def padding_report(self) -> dict[str, Any]:
         """The same over an epoch, in total and per bucket (see `plan.padding_report`)."""
-        return planning.padding_report(self._planned.epoch(0), self._collate.elements)
+        return planning.padding_report(self._planned.epoch(0), self._collate.elements, self._collate.slots)
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Bucket, dict[str, np.ndarray]]]:
         """Local batches of steps start .. stop - 1 as (bucket, {key: array}), rows of this process only.
@@ -191,13 +192,14 @@ def make(
     *,
     dir: str,
     split: str,
-    buckets: Mapping[str, Sequence[int]],
+    buckets: Mapping[str, Sequence[int]] | None = None,
     batch_size: int | None = None,
     budget: int | None = None,
     collate: str = "study_report",
     source: str = "shards",
     source_options: Mapping[str, Any] | None = None,
     mode: str = "buckets",
+    plan_options: Mapping[str, Any] | None = None,
     train: bool = True,
     seed: int = 0,
     shuffle: bool | None = None,
@@ -216,11 +218,12 @@ def make(
     Args:
       dir: dataset folder.
       split: which records, by the index column `split`.
-      buckets: `{axis: sizes}`, for studies `{"scans": (1, 2, 4, 8), "depth": (16, 32, 48)}`.
+      buckets: `{axis: sizes}`, for studies `{"scans": (1, 2, 4, 8), "depth": (16, 32, 48)}`; other modes than
+        "buckets" have defaults or fit them to the index.
       batch_size, budget: rows of a global batch, or the padded elements that it may have (for studies: slices).
       collate: module in `data/collate` (or a dotted name); `options` are its options.
       source: "shards", or a module in `data/sources` with `open_dataset(dir, **source_options)`.
-      mode: how to plan, see `plan.MODES`.
+      mode, plan_options: how to plan, see `plan.MODES`, and the options of that mode.
       train: random choices in the collate; and the default of `shuffle`. Evaluation (False) is one ordered pass.
       seed: of the order and of the random choices.
       drop_remainder: drop the last incomplete batch of an epoch instead of padding it.
@@ -251,16 +254,32 @@ def make(
     shuffle = train if shuffle is None else shuffle
     if epochs is None and not train:
         epochs = 1
-    buckets = {axis: tuple(sizes) for axis, sizes in buckets.items()}
+    if buckets is not None:
+        buckets = {axis: tuple(sizes) for axis, sizes in buckets.items()}
     collate_maker = load("data.collate", collate).make
     _check_options(collate_maker, options, "", f"collate {collate!r}")
     made = collate_maker(dataset, split_ids(dataset, split), train=train, seed=seed, buckets=buckets, **options)
     arrange = {"mode": mode, "buckets": buckets, "shuffle": shuffle, "drop_remainder": drop_remainder, "seed": seed}
-    planned = _Planned(
-        made,
-        {**arrange, "batch_size": batch_size, "budget": budget, "multiple_of": multiple_of}
-        | {"keys": dataset.index["key"][made.ids]},
+    if plan_options:
+        arrange["plan_options"] = dict(plan_options)
+    planner = planning.planner(
+        made.sizes,
+        made.ids,
+        mode=mode,
+        buckets=buckets,
+        batch_size=batch_size,
+        budget=budget,
+        multiple_of=multiple_of,
+        drop_remainder=drop_remainder,
+        keys=dataset.index["key"][made.ids],
+        options=plan_options,
     )
+    if not planner.steady and epochs != 1:
+        raise UserError(
+            f"mode {mode!r} with input.plan_options={dict(plan_options or {})} loses records in every epoch, so that "
+            "steps cannot be counted in epochs: it plans one epoch (input.epochs=1)"
+        )
+    planned = _Planned(planner, seed, shuffle)
     sizes = planned.epoch(0).batch_sizes
     return Stream(
         collate=made,

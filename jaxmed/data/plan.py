@@ -9,30 +9,33 @@ by scans and slices, and later systems by whatever they pad.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int, Int64
 
 from jaxmed.core.errors import UserError
+from jaxmed.core.load import load
 from jaxmed.core.rng import np_rng
 
 Bucket = tuple[tuple[str, int], ...]
 Sizes = Mapping[str, np.ndarray]
 
 PAD = -1  # the record id of a padding row
+COUNTS = ("images", "rows")  # axes of a bucket that count records or rows; the others are sizes that rows are padded to
 
 
 class Step(NamedTuple):
-    """One global batch: its bucket and its record ids, int64 `(b,)`, `PAD` for padding rows."""
+    """One global batch: its bucket and its record ids, `PAD` for padding: `(b,)`, or `(b, k)` of rows of k records."""
 
     bucket: Bucket
-    ids: Int64[np.ndarray, "b"]
+    ids: Int64[np.ndarray, "b *k"]
 
 
 @dataclass(frozen=True)
@@ -98,48 +101,115 @@ def batch_sizes(
     return sizes
 
 
-def plan(
+class Planner(Protocol):
+    """What a mode makes of the records, once for all epochs; picklable.
+
+    A module of `MODES` has `fit(sizes, ids, *, buckets, batch_size, budget, multiple_of, drop_remainder, keys,
+    **options of the mode) -> Planner`.
+
+    Attributes:
+      steady: every epoch has the same number of steps of every bucket, and every record exactly once.
+    """
+
+    steady: bool
+
+    def steps(self, rng: np.random.Generator | None, epoch: int) -> list[Step]:
+        """The batches of one epoch; without a generator in an order that follows `ids`."""
+        ...
+
+
+# name -> module of this floor; a name with a dot is a module of your own
+MODES = {"buckets": "plan_buckets", "dbb": "plan_bins", "length": "plan_length", "pack": "plan_pack"}
+
+
+def planner(
     sizes: Sizes,
     ids: Int[np.ndarray, "n"],
     *,
-    seed: int,
-    epoch: int,
     mode: str = "buckets",
-    buckets: Mapping[str, Sequence[int]],
+    buckets: Mapping[str, Sequence[int]] | None = None,
     batch_size: int | None = None,
     budget: int | None = None,
     multiple_of: int = 1,
-    shuffle: bool = True,
     drop_remainder: bool = False,
     keys: np.ndarray | None = None,
-) -> Plan:
-    """Plans one epoch: every record exactly once (but for the remainder, if `drop_remainder`).
+    options: Mapping[str, Any] | None = None,
+) -> Planner:
+    """Fits a mode to the records: every record exactly once per epoch (but for the remainder, if `drop_remainder`).
 
     Args:
-      sizes: `{axis: (n,) integers}`, the size of every record along every axis of `buckets`.
+      sizes: `{axis: (n,) integers}`, the size of every record along every axis.
       ids: (n,) record ids, the order of evaluation.
-      seed, epoch: determine the order, if `shuffle`.
       mode: one of `MODES`.
-      buckets: `{axis: allowed sizes}`; the buckets are their product.
-      batch_size, budget, multiple_of: see `batch_sizes`; no batch has more rows than there are records.
-      shuffle: new order of records and of batches in every epoch; else ordered by bucket, then as in `ids`.
+      buckets: `{axis: allowed sizes}`; what a mode makes of them, and of None, its module says.
+      batch_size, budget, multiple_of: see `batch_sizes`.
       drop_remainder: drop the last incomplete batch instead of padding it with `PAD`.
       keys: (n,) names of the records, for messages.
-
-    Returns:
-      A plan with the same number of steps, and the same buckets, in every epoch.
+      options: those of the mode (`input.plan_options`).
 
     Raises:
-      UserError: an option that cannot be met, a record that no bucket holds, no record, no complete batch.
+      UserError: an option that cannot be met, a record that no bucket holds, no record.
     """
-    if mode not in MODES:
+    if mode not in MODES and "." not in mode:
         raise UserError(f"input.mode={mode!r} is not a way to plan batches; use one of {', '.join(MODES)}")
-    if missing := [axis for axis in buckets if axis not in sizes]:
+    if missing := [axis for axis in buckets or () if axis not in sizes and axis not in COUNTS]:
         raise UserError(f"input.buckets.{missing[0]}: records have no such size; they have {', '.join(sorted(sizes))}")
     ids = np.asarray(ids, np.int64)
     if not len(ids):
         raise UserError("there is no record to plan batches from: check input.dir, input.split and what was left out")
-    cells = grid(buckets)
+    fit = load("data", MODES.get(mode, mode)).fit
+    common = {"buckets", "batch_size", "budget", "multiple_of", "drop_remainder", "keys"}
+    known = [p.name for p in inspect.signature(fit).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    own = sorted(set(known) - common)
+    if unknown := sorted(set(options or ()) - set(own)):
+        raise UserError(
+            f"input.plan_options.{unknown[0]} is not an option of mode {mode!r}; it has {', '.join(own) or 'none'}"
+        )
+    return fit(
+        {axis: np.asarray(column, np.int64) for axis, column in sizes.items()},
+        ids,
+        buckets=buckets,
+        batch_size=batch_size,
+        budget=budget,
+        multiple_of=multiple_of,
+        drop_remainder=drop_remainder,
+        keys=keys,
+        **(options or {}),
+    )
+
+
+def epoch_of(planner: Planner, *, seed: int, epoch: int, shuffle: bool = True) -> Plan:
+    """One epoch of a planner.
+
+    Args:
+      seed, epoch: determine the order, if `shuffle`.
+      shuffle: new order of records and of batches in every epoch; else ordered by bucket, then as in `ids`.
+
+    Raises:
+      UserError: incomplete batches are dropped and no other is left.
+    """
+    steps = planner.steps(np_rng(seed, epoch) if shuffle else None, epoch)
+    rows = {step.bucket: len(step.ids) for step in steps}
+    return Plan(steps, {b: rows[b] for b in sorted(rows, key=lambda b: (prod(n for _, n in b), b))})
+
+
+def plan(sizes: Sizes, ids: Int[np.ndarray, "n"], *, seed: int, epoch: int, shuffle: bool = True, **how: Any) -> Plan:
+    """Plans one epoch: `epoch_of` a `planner`, which takes the other arguments."""
+    return epoch_of(planner(sizes, ids, **how), seed=seed, epoch=epoch, shuffle=shuffle)
+
+
+def nothing_left(records: int, rows: int) -> UserError:
+    """The error of a plan whose only batches were dropped."""
+    return UserError(
+        f"{records} records do not fill one batch of {rows} and drop_remainder is set: "
+        "use a smaller input.batch_size or drop_remainder=False"
+    )
+
+
+def check_fits(sizes: Sizes, ids: np.ndarray, buckets: Mapping[str, Sequence[int]], keys: np.ndarray | None) -> None:
+    """Raises:
+    UserError: a record is larger than the largest bucket; names the record and the axis.
+    """
     for axis, allowed in buckets.items():
         largest = int(np.argmax(sizes[axis]))
         if sizes[axis][largest] > max(allowed):
@@ -148,68 +218,6 @@ def plan(
                 f"study {name} has {axis} {sizes[axis][largest]}, more than the largest bucket "
                 f"(input.buckets.{axis}={tuple(allowed)}): add a bucket that holds it"
             )
-    rows = batch_sizes(cells, batch_size=batch_size, budget=budget, multiple_of=multiple_of)
-    if not drop_remainder:  # a few studies need no batch of hundreds of rows
-        enough = -(-len(ids) // multiple_of) * multiple_of
-        rows = {cell: min(n, enough) for cell, n in rows.items()}
-    rng = np_rng(seed, epoch) if shuffle else None
-    steps = MODES[mode](sizes, ids, cells, rows, rng, drop_remainder)
-    if not steps:
-        raise UserError(
-            f"{len(ids)} records do not fill one batch of {max(rows.values())} and drop_remainder is set: "
-            "use a smaller input.batch_size or drop_remainder=False"
-        )
-    used = {step.bucket for step in steps}
-    return Plan(steps, {cell: rows[cell] for cell in cells if cell in used})
-
-
-def _in_buckets(
-    sizes: Sizes,
-    ids: np.ndarray,
-    cells: list[Bucket],
-    rows: dict[Bucket, int],
-    rng: np.random.Generator | None,
-    drop_remainder: bool,
-) -> list[Step]:
-    """Every record in the cheapest bucket that holds it; what does not fill a batch moves up to the next bucket.
-
-    Moved records go first in their new bucket, so they move once, and the records left over there are its own. Only
-    the largest bucket can end with an incomplete batch. How many batches each bucket gets depends on counts alone,
-    hence it is the same in every epoch.
-    """
-    order = np.arange(len(ids)) if rng is None else rng.permutation(len(ids))
-    home = _cheapest(sizes, cells)[order]
-    moved: dict[Bucket, list[np.ndarray]] = {cell: [] for cell in cells}
-    steps = []
-    for i, cell in enumerate(cells):
-        waiting = np.concatenate([*moved[cell], order[home == i]])
-        full = len(waiting) // rows[cell] * rows[cell]
-        steps += [Step(cell, ids[waiting[k : k + rows[cell]]]) for k in range(0, full, rows[cell])]
-        rest = waiting[full:]
-        if not len(rest):
-            continue
-        larger = next((c for c in cells[i + 1 :] if all(n >= m for (_, n), (_, m) in zip(c, cell))), None)
-        if larger is not None:
-            moved[larger].append(rest)
-        elif not drop_remainder:
-            if rng is None:  # these may all be small; training needs the same buckets in every epoch
-                fits = [c for c in cells if all(sizes[axis][rest].max() <= n for axis, n in c) and rows[c] >= len(rest)]
-                cell = fits[0]
-            steps.append(Step(cell, np.concatenate([ids[rest], np.full(rows[cell] - len(rest), PAD)])))
-    return steps if rng is None else [steps[k] for k in rng.permutation(len(steps))]
-
-
-def _cheapest(sizes: Sizes, cells: list[Bucket]) -> np.ndarray:
-    """(n,) index into `cells` (cheapest first) of the first bucket that holds each record."""
-    n = len(next(iter(sizes.values())))
-    home = np.full(n, -1)
-    for i, cell in enumerate(cells):
-        home[(home < 0) & np.all([sizes[axis] <= size for axis, size in cell], axis=0)] = i
-    return home
-
-
-# name -> (sizes, ids, cells cheapest first, rows per cell, generator or None, drop_remainder) -> steps
-MODES: dict[str, Callable[..., list[Step]]] = {"buckets": _in_buckets}
 
 
 def plan_hash(sizes: Sizes, ids: np.ndarray, fingerprint: str, rows: Mapping[Bucket, int], **options: Any) -> str:
@@ -229,23 +237,37 @@ def plan_hash(sizes: Sizes, ids: np.ndarray, fingerprint: str, rows: Mapping[Buc
     return digest.hexdigest()
 
 
-def padding(step: Step, elements: Mapping[int, float] | np.ndarray) -> dict[str, float]:
-    """What one batch wastes: fractions of rows and of padded elements (slices of studies) that carry no data.
+def row_elements(bucket: Bucket) -> int:
+    """The padded elements of one row: the product of the bucket's sizes."""
+    return prod(n for axis, n in bucket if axis not in COUNTS)
+
+
+def padding(
+    step: Step, elements: Mapping[int, float] | np.ndarray, slots: Callable[[Bucket], int] = row_elements
+) -> dict[str, float]:
+    """What one batch wastes: fractions of rows and of padded elements (slices, tokens) that carry no data.
 
     Args:
-      elements: indexed by record id: the elements (product of the bucket's axes, real part) of a record.
+      elements: indexed by record id: the elements (in the unit of `slots`) of a record.
+      slots: the padded elements of one row of a bucket.
+
+    Returns:
+      `{"rows_wasted", "tokens_wasted", "tokens": padded elements of the batch, "records": how many it holds}`.
     """
-    real = step.ids[step.ids != PAD]
-    total = len(step.ids) * prod(n for _, n in step.bucket)
-    used = float(sum(min(float(elements[i]), total / len(step.ids)) for i in real))
-    return {"rows_wasted": 1.0 - len(real) / len(step.ids), "tokens_wasted": 1.0 - used / total, "tokens": float(total)}
+    real, room = step.ids[step.ids != PAD], slots(step.bucket)
+    total, rows = len(step.ids) * room, (step.ids != PAD).reshape(len(step.ids), -1).any(1).sum()
+    used = float(sum(min(float(elements[i]), room) for i in real))
+    wasted = {"rows_wasted": 1.0 - float(rows) / len(step.ids), "tokens_wasted": 1.0 - used / total}
+    return {**wasted, "tokens": float(total), "records": float(len(real))}
 
 
-def padding_report(plan: Plan, elements: Mapping[int, float] | np.ndarray) -> dict[str, Any]:
+def padding_report(
+    plan: Plan, elements: Mapping[int, float] | np.ndarray, slots: Callable[[Bucket], int] = row_elements
+) -> dict[str, Any]:
     """`padding` over an epoch, in total and (under "buckets", by name) for every bucket, with its number of steps."""
 
     def total(steps: list[Step]) -> dict[str, float]:
-        parts = [padding(step, elements) for step in steps]
+        parts = [padding(step, elements, slots) for step in steps]
         tokens, rows = sum(p["tokens"] for p in parts), sum(len(s.ids) for s in steps)
         return {
             "steps": len(steps),

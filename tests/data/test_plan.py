@@ -174,8 +174,8 @@ def test_padding_is_counted():
     plan = make(sizes, np.arange(3), shuffle=False, buckets={"scans": (2,), "depth": (16,)}, batch_size=2)
     slices = np.array([16.0, 16.0, 5.0])
     first, second = (planning.padding(s, slices) for s in plan.steps)
-    assert first == {"rows_wasted": 0.0, "tokens_wasted": 0.5, "tokens": 64.0}
-    assert second == {"rows_wasted": 0.5, "tokens_wasted": 1 - 5 / 64, "tokens": 64.0}
+    assert first == {"rows_wasted": 0.0, "tokens_wasted": 0.5, "tokens": 64.0, "records": 2.0}
+    assert second == {"rows_wasted": 0.5, "tokens_wasted": 1 - 5 / 64, "tokens": 64.0, "records": 1.0}
     report = planning.padding_report(plan, slices)
     assert report["tokens_wasted"] == pytest.approx(1 - 37 / 128) and report["steps"] == 2
     assert report["buckets"]["depth16_scans2"]["rows_wasted"] == 0.25

@@ -23,8 +23,9 @@ import numpy as np
 from jaxmed.core import memory
 from jaxmed.core.errors import UserError
 from jaxmed.core.rng import np_rng
+from jaxmed.data.labels import columns as label_columns
 from jaxmed.data.ops import scan_indices
-from jaxmed.data.plan import PAD, Bucket
+from jaxmed.data.plan import PAD, Bucket, row_elements
 from jaxmed.data.record import StudyReader
 from jaxmed.data.shards import Dataset
 from jaxmed.data.tokenize import OVERFLOW, Tokenizer
@@ -67,6 +68,9 @@ class StudyReport:
         wanted = {*self.keys, "scan_depths"} if "image" in self.keys else set(self.keys)
         fixed = {"_mask": ((b,), np.dtype(np.float32)), "_id": ((b,), np.dtype(np.int32))}
         return {k: v for k, v in every.items() if k in wanted} | fixed
+
+    def slots(self, bucket: Bucket) -> int:
+        return row_elements(bucket)
 
     def assemble(self, bucket: Bucket, ids: np.ndarray, step: int, pool: Executor | None) -> dict[str, np.ndarray]:
         spec = self.spec(bucket, len(ids))
@@ -152,7 +156,7 @@ def make(
     *,
     train: bool,
     seed: int,
-    buckets: Mapping[str, Sequence[int]],
+    buckets: Mapping[str, Sequence[int]] | None,
     keys: Sequence[str] = ("image", "text"),
     scan_sampling: str = "all",
     num_scans: int | None = None,
@@ -197,8 +201,8 @@ def make(
     ):
         if value not in known:
             raise UserError(f"input.{field}={value!r} is not known; use one of {', '.join(known)}")
-    if set(buckets) != {"scans", "depth"}:
-        raise UserError(f"input.buckets has {sorted(buckets)}; studies are planned by 'scans' and 'depth'")
+    if set(buckets or ()) != {"scans", "depth"}:
+        raise UserError(f"input.buckets has {sorted(buckets or ())}; studies are planned by 'scans' and 'depth'")
     most = max(buckets["scans"])
     if scan_sampling == "repeat" and (num_scans is None or not 1 <= num_scans <= most):
         raise UserError(
@@ -223,19 +227,7 @@ def make(
     elements = np.zeros(len(index["key"]))
     elements[ids] = np.minimum(index["slices"][ids] / scans, depth) * shown
 
-    known = list(dataset.manifest["classes"])
-    chosen = known if classes is None else list(classes)
-    if unknown := [name for name in chosen if name not in known]:
-        raise UserError(
-            f"input.classes: {dataset.name} has no label {unknown[0]!r}; it has {', '.join(known) or 'none'}"
-        )
-    if "label" in keys and not chosen:
-        raise UserError(
-            f"input.keys asks for 'label', but {dataset.name} has no labels: give prep a manifest with them"
-        )
-    labels = np.zeros((len(index["key"]), 0), np.float32)
-    if "label" in keys:
-        labels = np.stack([index[f"label/{name}"] for name in chosen], axis=1).astype(np.float32)
+    chosen, labels = label_columns(dataset, classes, "label" in keys)
 
     tokenizer = Tokenizer(vocab, lowercase=lowercase) if with_text else None
     options: dict[str, Any] = {
