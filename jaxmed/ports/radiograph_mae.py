@@ -12,8 +12,15 @@ import numpy as np
 
 from jaxmed.core import tree
 from jaxmed.core.errors import UserError
-from jaxmed.ports import vit_names
+from jaxmed.ports import radiograph_mae_model, vit_names
 from jaxmed.ports.names import Names, Rule, Table, linear, norm
+
+# Sizes and changes of them, for `python -m jaxmed.port`.
+MODEL = radiograph_mae_model
+# Its options for the way back.
+BACK = {"layout": f"names of --back: {', '.join(vit_names.LAYOUTS)} (default hf4)", "wrapper": "what --back puts first"}
+# Tensors of other heads, which no model here has.
+_IGNORED = ("pooler.", "embeddings.mask_token")
 
 
 def _block(published: str, path: str) -> list[Rule]:
@@ -60,6 +67,9 @@ def convert(state_dict: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray]
     flat: dict[str, np.ndarray] = {}
     names = Names({}, [], [])
     for name, (x, sources) in vit_names.to_original(state_dict).items():
+        if name.startswith(_IGNORED):
+            names.ignored.extend(sources)
+            continue
         found = _TABLE.to_ours(name, x)
         if found is None:
             names.unknown.extend(sources)

@@ -6,6 +6,7 @@ taps beyond the border are the border, or bilinear (radiograph MAE spec, section
 rows come out unchanged.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -88,10 +89,13 @@ def rows_of(
         row, column = jnp.divmod(inside, jnp.maximum(width, 1))
         rows, columns = taps(row, grid[0], height), taps(column, grid[1], width)
         pairs = [(y * grid[1] + x, a * b) for y, a in rows for x, b in columns]
-    token = index < 0
-    result = 0.0
-    for k, (point, weight) in enumerate(pairs):
-        # The class token is a token whose whole weight is on the first row.
-        weight = jnp.where(token, float(k == 0), weight)
-        result = result + weight[..., None] * jnp.take(table, jnp.where(token, 0, 1 + point), axis=0, mode="clip")
-    return result
+    # The class token is a token whose whole weight is on the first row.
+    points = jnp.stack([jnp.where(index < 0, 0, 1 + point) for point, _ in pairs])
+    weights = jnp.stack([jnp.where(index < 0, float(k == 0), weight) for k, (_, weight) in enumerate(pairs)])
+
+    # One lookup after the other: neither 16 rows of every token at once, nor 16 times the program to compile.
+    def add(total, one):
+        point, weight = one
+        return total + weight[..., None] * jnp.take(table, point, axis=0, mode="clip"), None
+
+    return jax.lax.scan(add, jnp.zeros((*index.shape, table.shape[-1]), table.dtype), (points, weights))[0]
