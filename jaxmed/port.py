@@ -1,6 +1,7 @@
 """`python -m jaxmed.port`: published PyTorch weights to our parameters and back, exactly and without PyTorch.
 
-A system is a module `jaxmed/ports/<system>.py` with `convert`, `to_published` and `MODEL` (see `ports.hlip`).
+A system is a module `jaxmed/ports/<system>.py` with `convert`, `to_published` and `MODEL` (see `ports.hlip`), perhaps
+`BACK`, {option of to_published: help}, and in MODEL `ADAPT`, {option: help} of `adapt`, which changes weights to fit.
 """
 
 import argparse
@@ -85,12 +86,15 @@ def _run(argv: list[str]) -> int:
         raise UserError("--out is missing: the folder to write (with --back: the file)")
     starts = {side: path for side in system.MODEL.STARTS if (path := getattr(args, f"init_{side}"))}
     if bool(args.src) == bool(starts):
-        raise UserError(f"give either --src=WEIGHTS or {' and '.join(f'--init-{s}=' for s in system.MODEL.STARTS)}")
+        ways = ["--src=WEIGHTS", " and ".join(f"--init-{s}=" for s in system.MODEL.STARTS)]
+        raise UserError(f"give {'either ' if ways[1] else ''}{' or '.join(filter(None, ways))}")
     if args.back:
         more = rest or [f"--{k}" for k in ("recipe", "vocab", "prefix") if getattr(args, k)]
         if more or starts:
             raise UserError(f"--back takes --src and --out only, not {(more or ['--init-...'])[0]}")
-        return _back(system, args.src, Path(args.out))
+        return _back(system, args, Path(args.out))
+    if extra := [f"--{k}" for k in _more(system, "BACK") if getattr(args, k)]:
+        raise UserError(f"{extra[0]} goes with --back")
     recipe = _recipe(args.recipe, [a for a in rest if a.startswith("--recipe.")])
     given = _given(system, args, [a for a in rest if not a.startswith("--recipe.")])
     if starts:
@@ -135,13 +139,20 @@ def _parser(system) -> argparse.ArgumentParser:
             add(f"--init-{side}", metavar="FILE", help=what)
         for name, (field, what) in system.MODEL.OPTIONS.items():
             add(f"--{name}", metavar="VALUE", help=f"{what} (= --model.{field})")
+        for name, what in (_more(system, "BACK") | _more(system.MODEL, "ADAPT")).items():
+            add(f"--{name}", metavar="VALUE", help=what)
     return parser
+
+
+def _more(module, options: str) -> dict[str, str]:
+    """Options that not every system has."""
+    return getattr(module, options, {})
 
 
 def _given(system, args, rest: list[str]) -> dict[str, Any]:
     """Fields of config.model that the person named, or all of them with --config."""
     given = _config_model(args.config) if args.config else {}
-    pairs = [(field, getattr(args, name)) for name, (field, _) in system.MODEL.OPTIONS.items()]
+    pairs = [(field, getattr(args, name.replace("-", "_"))) for name, (field, _) in system.MODEL.OPTIONS.items()]
     for extra in rest:
         field, equals, value = extra.removeprefix("--model.").partition("=")
         if not extra.startswith("--model.") or not field or not equals:
@@ -277,7 +288,10 @@ def _check_patterns(args, names: list[str], paths: list[str]) -> None:
 def _forth(system, given: dict[str, Any], recipe: dict[str, Any] | None, args) -> int:
     source = _source(args.src, args.key)
     flat, names = system.convert(source.tensors)
-    model, notes = (given, []) if args.config else system.MODEL.make(flat, given)
+    model, notes = (given, []) if args.config else system.MODEL.make(flat, given, names)
+    if adapting := _more(system.MODEL, "ADAPT"):
+        flat, done = system.MODEL.adapt(flat, model, {k: getattr(args, k) for k in adapting})
+        notes += done
     init = system.MODEL.init(model)
     wanted = tree.flatten(jax.eval_shape(init, jax.random.key(0)))
     _check_patterns(args, list(source.tensors), list(wanted))
@@ -349,7 +363,8 @@ def _write(system, args, model, recipe, fit: Fit, wanted, init, sources, notes: 
     metrics.write_json(out / "port_report.json", report)
 
     def numbers(rows, key="our_shape"):
-        return f"{sum(int(np.prod(r[key])) for r in rows):,}"
+        # Several published tensors may be one parameter.
+        return f"{sum({r.get('path', i): int(np.prod(r[key])) for i, r in enumerate(rows)}.values()):,}"
 
     rows = [("", "tensors", "numbers"), ("matched", str(len(fit.matched)), numbers(fit.matched))]
     rows.append(("fresh", str(len(fresh)), numbers(report["fresh"])))
@@ -363,13 +378,14 @@ def _write(system, args, model, recipe, fit: Fit, wanted, init, sources, notes: 
     return 0
 
 
-def _back(system, src: str, out: Path) -> int:
+def _back(system, args, out: Path) -> int:
     """Ours under the published names."""
-    path = Path(src)
+    path = Path(args.src)
     if path.is_dir() and (path / weights.PARAMS).is_file():
         path = path / weights.PARAMS
     flat = weights.read(path) if path.is_file() else checkpoint.load_params(path)
-    published = system.to_published(tree.unflatten(flat))
+    options = {k: value for k in _more(system, "BACK") if (value := getattr(args, k))}
+    published = system.to_published(tree.unflatten(flat), **options)
     if out.suffix == ".safetensors":
         weights.write(out, published, {"format": "pt"})
     elif out.suffix in _PYTORCH:

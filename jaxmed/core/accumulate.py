@@ -25,7 +25,8 @@ def value_and_grad(objective: Objective, params, aux, batch, rng, step, *, micro
     """Loss, new aux, measurements and gradient of `objective` on a global batch.
 
     With microbatches > 1 the activations of only one microbatch are alive at a time:
-      * additive objectives: the mean of the microbatch gradients, each weighted by its real rows (`_mask`);
+      * additive objectives: the mean of the microbatch gradients, each weighted by its real rows (`_mask`) or by
+        `objective.weight_fn`;
       * others (contrastive): features of all microbatches first, then the loss and its gradient with respect to all
         features (and the scales), then each microbatch once more, with the same random numbers, to carry its
         features' gradient back to the parameters (Gao et al. 2021, arXiv 2101.06983). Nothing is approximated.
@@ -46,7 +47,8 @@ def value_and_grad(objective: Objective, params, aux, batch, rng, step, *, micro
     rngs = jax.random.split(rng, microbatches)
 
     if objective.additive:
-        weights = parts["_mask"].sum(1)
+        rows_of = objective.weight_fn or (lambda part: part["_mask"].sum())
+        weights = jax.vmap(rows_of)(parts).astype(jnp.float32)
         weights = weights / jnp.maximum(weights.sum(), 1.0)
 
         def one(carry, x):

@@ -32,6 +32,9 @@ class Objective(NamedTuple):
     predict_fns: Mapping[str, Callable[..., dict[str, Any]]] = MappingProxyType({})
     # May the loss of a batch be the mean over its microbatches? Contrastive losses may not; they give the two below.
     additive: bool = True
+    # (microbatch) -> how much its loss counts in that mean, a scalar; None: its real rows (`_mask`). Give it where the
+    # loss is a mean over something else, such as patches.
+    weight_fn: Callable[[Batch], Any] | None = None
     # (params, aux, microbatch, rng, step) -> pytree of features, rows first.
     features_fn: Callable[..., Any] | None = None
     # (params, aux, features of the whole batch, batch, step) -> (loss, measurements). Only `params` that are not

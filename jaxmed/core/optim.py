@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxmed.core import tree
 from jaxmed.core.errors import UserError
+
+SCHEDULES = ("cosine", "constant", "const_cooldown", "cosine_floor", "cosine_floor_published")
 
 
 def schedule(
@@ -19,19 +22,31 @@ def schedule(
     cooldown_steps: int = 0,
     cooldown_power: float = 1.0,
     cooldown_end: float = 0.0,
+    floor: float = 0.0,
 ) -> Callable:
     """The learning rate of update `step` (0-based), float32.
 
     All start with a linear warm-up lr * (step + 1) / warmup_steps. Then: "cosine", a half cosine to 0 over the steps
     that remain; "constant"; "const_cooldown", constant, and over the last `cooldown_steps` a polynomial of power
-    `cooldown_power` down to `cooldown_end`.
+    `cooldown_power` down to `cooldown_end`. "cosine_floor" warms up from `floor` to `lr` and comes back to it by half a
+    cosine; "cosine_floor_published" is what one published code makes of that: its warm-up ends at lr + floor, from
+    which it drops to lr, and after `total_steps` it rises again, for as long as it fell.
 
     Raises:
-      UserError: an unknown name, or a warm-up or cool-down longer than the run.
+      UserError: an unknown name, a warm-up or cool-down longer than the run, or a floor that `name` does not have.
     """
-    if name not in ("cosine", "constant", "const_cooldown"):
-        raise UserError(f"schedule.name: {name!r} is not one of cosine, constant, const_cooldown")
-    for field, value in (("lr", lr), ("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps)):
+    if name not in SCHEDULES:
+        raise UserError(f"schedule.name: {name!r} is not one of {', '.join(SCHEDULES)}")
+    if floor and not name.startswith("cosine_floor"):
+        raise UserError(f"schedule.floor={floor}: {name!r} has none; use 'cosine_floor'")
+    if not floor <= lr:
+        raise UserError(f"schedule.floor={floor} is above schedule.lr={lr}")
+    for field, value in (
+        ("lr", lr),
+        ("floor", floor),
+        ("warmup_steps", warmup_steps),
+        ("cooldown_steps", cooldown_steps),
+    ):
         if not value >= 0:
             raise UserError(f"schedule.{field}={value}: give a number of at least 0")
     if warmup_steps + cooldown_steps > total_steps > 0:
@@ -39,6 +54,10 @@ def schedule(
             f"schedule: warm-up ({warmup_steps}) and cool-down ({cooldown_steps}) steps are more than "
             f"total_steps={total_steps}"
         )
+
+    if name.startswith("cosine_floor"):
+        table = _floor_table(lr, floor, total_steps, warmup_steps, published=name == "cosine_floor_published")
+        return lambda step: jnp.take(table, jnp.asarray(step, jnp.int32), mode="clip")
 
     def fn(step):
         step = jnp.asarray(step, jnp.float32)
@@ -56,6 +75,17 @@ def schedule(
         return rate.astype(jnp.float32)
 
     return fn
+
+
+def _floor_table(lr: float, floor: float, total: int, warmup: int, *, published: bool) -> np.ndarray:
+    """The rates of "cosine_floor" step by step, in double precision, then float32."""
+    rest = max(total - warmup, 1)
+    step = np.arange(total + (rest if published else 0) + 1)
+    rate = floor + 0.5 * (lr - floor) * (1.0 + np.cos(np.pi * (step - warmup) / rest))
+    if warmup:
+        rise = lr if published else lr - floor
+        rate = np.where(step < warmup, floor + rise * (step + 1) / warmup, rate)
+    return rate.astype(np.float32)
 
 
 def make(

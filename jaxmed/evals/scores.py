@@ -145,6 +145,12 @@ def balanced_accuracy(matrix: Num[Array, "*r k k"]) -> Float[Array, "*r"]:
     return mean_known(np.where(matrix.sum(-1) > 0, recall(matrix), np.nan))
 
 
+def macro_accuracy(matrix: Num[Array, "*r k k"]) -> Float[Array, "*r"]:
+    """The mean recall of the classes that have rows or were predicted (then 0): torchmetrics' macro accuracy."""
+    seen = matrix.sum(-1) + matrix.sum(-2) > 0
+    return mean_known(np.where(seen, recall(matrix), np.nan))
+
+
 def weighted_f1(matrix: Num[Array, "*r k k"]) -> Float[Array, "*r"]:
     """F1 per class, weighted by the number of true rows."""
     rows = matrix.sum(-1)

@@ -21,7 +21,7 @@ from jaxmed.models.layers.groups import join, keep_patches, move, regroup
 from jaxmed.models.layers.lean import REMAT
 from jaxmed.models.layers.patch_embed import PatchEmbed
 from jaxmed.models.layers.pooling import AttentionPool, masked_mean
-from jaxmed.models.layers.transformer import Block, layer_norm, torch_uniform
+from jaxmed.models.layers.transformer import Block, layer_norm, recomputed, torch_uniform
 
 LEVELS = ("slice", "scan", "study")
 POOLS = ("token", "map", "dinotxt")
@@ -370,24 +370,13 @@ class Model(nn.Module):
             if self.remat == "none" or looped:
                 block = Block(**fields, name=f"blocks_{i}")
             else:
-                block = self._recomputed(fields, self.variables["params"][f"blocks_{i}"])
+                block = recomputed(fields, self.variables["params"][f"blocks_{i}"], self.remat)
             if probe is not None and i == self.depth - 1:
                 x, out["attention"] = block(x, keys[new], rotary[new], drops[i], probe)
             else:
                 x = block(x, keys[new], rotary[new], drops[i], queries=wanted if i == self.depth - 1 else None)
             out[f"block_{i:02d}"] = x
         return go(x, level, "study")
-
-    def _recomputed(self, fields, params, prevent_cse: bool = True):
-        """A block as a function whose inner values the backward pass computes again, by the policy `remat`."""
-
-        def block(*args, queries=None):
-            def apply(params, *args):
-                return Block(**fields, parent=None).apply({"params": params}, *args, queries=queries)
-
-            return jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=prevent_cse)(params, *args)
-
-        return block
 
     def _scan(self, x, go, keys, rotary, drops, fields):
         """The same blocks compiled once for all repeats of the level pattern; parameters are stacked here only.
@@ -416,7 +405,7 @@ class Model(nn.Module):
             level = levels[-1]
             for new, (block, drop) in zip(levels[:period], one):
                 x, level = go(x, level, new), new
-                x = self._recomputed(fields, block, prevent_cse=False)(x, keys[new], rotary[new], drop)
+                x = recomputed(fields, block, self.remat, prevent_cse=False)(x, keys[new], rotary[new], drop)
             return x, None
 
         return go(jax.lax.scan(repeat, x, repeated)[0], levels[-1], "study")

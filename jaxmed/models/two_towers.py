@@ -1,6 +1,5 @@
 """An image tower and a text tower with one shared embedding, and the scales of their similarity."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmed.core.config import did_you_mean
 from jaxmed.core.errors import UserError
-from jaxmed.core.load import load
+from jaxmed.core.load import load, load_model
 
 LOG_SCALE_INIT = math.log(1 / 0.07)
 
@@ -29,30 +27,7 @@ def make_tower(side: str, fields: Mapping[str, Any]) -> nn.Module:
     Raises:
       UserError: names the field config.model.<side>.* that is missing or unknown, or does not go with the others.
     """
-    fields = dict(fields)
-    if "name" not in fields:
-        raise UserError(f"config.model.{side}.name is missing; it names a module in jaxmed/models: 'hlip', 'bert', ...")
-    module = load("models", fields.pop("name"))
-    variant = fields.pop("variant", None)
-    if variant is not None and variant not in module.VARIANTS:
-        raise UserError(
-            f"config.model.{side}.variant: {variant!r} is not one of {', '.join(module.VARIANTS)}"
-            + did_you_mean(variant, module.VARIANTS)
-        )
-    values = {**(module.VARIANTS[variant] if variant else {}), **fields}
-    known = {k: f for k, f in module.Model.__dataclass_fields__.items() if k not in ("parent", "name")}
-    for key in values:
-        if key not in known:
-            raise UserError(
-                f"config.model.{side}.{key} is not an option{did_you_mean(key, known)} ({', '.join(known)})"
-            )
-    for key, field in known.items():
-        if key not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"config.model.{side}.{key} is missing" + ("" if variant else "; or name a variant"))
-    try:
-        return module.Model(**values, name=side)
-    except UserError as e:
-        raise UserError(f"config.model.{side}: {e}") from None
+    return load_model(f"config.model.{side}", fields, name=side)
 
 
 def _as_wide(text: Mapping[str, Any], image_tower: nn.Module | None) -> Mapping[str, Any]:

@@ -40,16 +40,20 @@ _UNSEEN_IMAGE = ("levels", "heads", "rope", "keep_token_axis")
 _UNSEEN_TEXT = ("heads", "hidden_dropout", "attention_dropout")
 
 
-def make(flat: Mapping[str, np.ndarray], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def make(
+    flat: Mapping[str, np.ndarray], given: Mapping[str, Any], names: Names | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """The `config.model` of weights, and what was assumed for it in sentences.
 
     Args:
       flat: {our path: array or shape}.
       given: fields of `config.model` that the person named; they win.
+      names: of the published tensors; they show nothing here.
 
     Raises:
       UserError: shapes and `given` leave several models (lists them), or none.
     """
+    del names
     given = dict(given)
     image, text = (dict(given.pop(side, {})) for side in ("image", "text"))
     model: dict[str, Any] = {"name": given.pop("name", "two_towers")}

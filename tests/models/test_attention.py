@@ -125,6 +125,65 @@ def test_kernel_lowers_for_tpu(tokens):
     assert exported.mlir_module().count("tpu_custom_call") == 3
 
 
+def rows_of_images(rng, sizes, n):
+    """Segments one after the other, then nothing: ids and what is there."""
+    ids = np.concatenate([np.full(m, i) for i, m in enumerate(sizes)] + [np.full(n - sum(sizes), len(sizes))])
+    return ids.astype(np.int32), ids < len(sizes)
+
+
+@pytest.mark.parametrize("block", [4, 16, 64])
+def test_packed_rows(block, monkeypatch):
+    """Images in a row, whole rows of padding: as the formula says, gradients too, on one device and on a mesh."""
+    rng, n = np.random.default_rng(4), 37
+    rows = [((5, 12, 1, 9), n), ((37,), n), ((), n), ((1,) * 20, n)]
+    ids, there = (np.stack(x) for x in zip(*(rows_of_images(rng, *row) for row in rows)))
+    q, k, v, weight = (rng.standard_normal((4, n, 2, 16), dtype=np.float32) for _ in range(4))
+    keep = (ids[:, :, None] == ids[:, None]) & there[:, :, None] & there[:, None]
+    monkeypatch.setattr(attention.packed.attend_in_segments, "__defaults__", (block,))
+
+    @functools.partial(jax.jit, static_argnames="impl")
+    def run(q, k, v, impl):
+        def loss(x):
+            out = attention.attend(*x, mask=there, segment_ids=ids, impl=impl)
+            return (jnp.where(there[..., None, None], out, 0.0) * weight).sum(), out
+
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)((q, k, v))
+        return out, grads
+
+    out, grads = run(q, k, v, "segments")
+    np.testing.assert_allclose(out, naive(q, k, v, keep), atol=3e-6)
+    expected = run(q, k, v, "xla")[1]
+    for got, ref in zip(grads, expected):
+        np.testing.assert_allclose(got, ref, atol=1e-5)
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        split = run(q, k, v, "auto")
+    for got, ref in zip(jax.tree.leaves(split), jax.tree.leaves((out, grads))):
+        np.testing.assert_allclose(got, ref, atol=1e-6)
+
+
+def test_packed_rows_skip_blocks():
+    sizes, n = (100, 60, 300, 20), 640
+    ids, there = rows_of_images(None, sizes, n)
+    low, high = attention.packed.needed_blocks(jnp.where(there, ids, attention.packed.PADDING)[None], 64)
+    ends = np.cumsum(sizes)
+    for i, (a, b) in enumerate(zip(low[0], high[0])):
+        inside = [j for j, end in enumerate(ends) if end > 64 * i and end - sizes[j] < min(64 * (i + 1), ends[-1])]
+        expected = (
+            (int(ends[inside[0]] - sizes[inside[0]]) // 64, -(-int(ends[inside[-1]]) // 64)) if inside else (0, 0)
+        )
+        assert (int(a), int(b)) == expected
+    # No array of the program is as large as a row squared.
+    x = jax.ShapeDtypeStruct((2, n, 3, 16), jnp.float32)
+    ids = jax.ShapeDtypeStruct((2, n), jnp.int32)
+    there = jax.ShapeDtypeStruct((2, n), jnp.bool_)
+
+    def loss(q, k, v, ids, there):
+        return attention.attend(q, k, v, mask=there, segment_ids=ids, impl="segments").sum()
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, ids, there).as_text()
+    assert f"x{n}x{n}x" not in text
+
+
 def test_weights_and_their_gradient():
     q, k, v = (np.random.default_rng(i).standard_normal((2, 5, 2, 4), dtype=np.float32) for i in range(3))
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
@@ -149,4 +208,9 @@ def test_unknown_or_impossible_implementation():
         attention.attend(q, q, q, impl="flash")
     with pytest.raises(UserError, match="bfloat16"):
         attention.attend(q, q, q, impl="cudnn")
+    with pytest.raises(UserError, match="packed rows"):
+        attention.attend(q, q, q, impl="segments")
+    with pytest.raises(UserError, match="masks by key"):
+        attention.attend(q, q, q, mask=jnp.ones((1, 2, 2), bool), segment_ids=jnp.zeros((1, 2), int), impl="segments")
     assert attention.pick("auto", 5000, jnp.float32) == "chunked"
+    assert attention.pick("auto", 5000, jnp.float32, segments=True) == "segments"

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmed.core.errors import UserError
 from jaxmed.core.sharding import BATCH_AXES
+from jaxmed.models.layers import packed
 from jaxmed.models.layers.lean import on_one_device
 
-IMPLS = ("auto", "xla", "chunked", "cudnn", "flash_tpu")
+IMPLS = ("auto", "xla", "chunked", "cudnn", "flash_tpu", "segments")
 # Finite, so that a fully masked row has a gradient (zero) instead of not-a-number.
 MASKED = -1e30
 # Below this many tokens the flash kernel's padding costs more than the matrix of weights.
@@ -28,13 +29,18 @@ CUDNN_BYTES = (2,)  # per number: it has no float32
 CHUNK_BYTES = 8 << 20
 
 
-def pick(impl: str, tokens: int, dtype) -> str:
-    """What "auto" means here: flash kernels where the backend has them and they pay, "chunked" on CPUs, else XLA."""
+def pick(impl: str, tokens: int, dtype, segments: bool = False) -> str:
+    """What "auto" means here: flash kernels where the backend has them and they pay, "chunked" on CPUs, else XLA.
+
+    With `segments` (rows of several images, one after the other): what skips other images, or at least makes no mask.
+    """
     if impl not in IMPLS:
         raise UserError(f"attn_impl: {impl!r} is not one of {', '.join(IMPLS)}")
     if impl != "auto":
         return impl
     backend = jax.default_backend()
+    if segments:
+        return "flash_tpu" if backend == "tpu" else "segments"
     if backend == "tpu" and tokens >= FLASH_MIN_TOKENS:
         return "flash_tpu"
     if backend == "gpu" and jnp.dtype(dtype).itemsize in CUDNN_BYTES:
@@ -57,23 +63,28 @@ def attend(
     Args:
       mask: 1 = this key may be seen; by key (b m), or by query and key (b n m; not with "flash_tpu").
       lengths: keys from this one on are padding.
-      segment_ids: queries see only keys of their own segment (self-attention: n = m).
+      segment_ids: queries see only keys of their own segment (self-attention: n = m). "segments" (which "auto" picks
+        but on TPUs) needs them in ascending order, and what `mask` leaves out (as query too) at the end of the row.
       impl: "xla" and "chunked" (no matrix of weights is kept; slower where it would fit) everywhere; "cudnn" on NVIDIA
-        GPUs in 16 bit; "flash_tpu" on TPUs; "auto" picks.
+        GPUs in 16 bit; "flash_tpu" on TPUs; "segments" everywhere, for packed rows (see `layers.packed`); "auto" picks.
 
     Raises:
       UserError: an unknown `impl`, or one that cannot do what is asked.
     """
     b, n, m = q.shape[0], q.shape[1], k.shape[1]
-    impl = pick(impl, n, v.dtype)
+    impl = pick(impl, n, v.dtype, segments=segment_ids is not None)
     by_key = mask if mask is not None and mask.ndim == 2 else None
     if lengths is not None:
         inside = jnp.arange(m)[None, :] < lengths[:, None]
         by_key = inside if by_key is None else by_key & inside
     pairs = mask if mask is not None and mask.ndim == 3 else None
+    if impl in ("flash_tpu", "segments") and pairs is not None:
+        raise UserError(f"attn_impl: {impl!r} takes masks by key, lengths and segment ids; use 'xla' or 'cudnn'")
+    if impl == "segments":
+        if segment_ids is None:
+            raise UserError("attn_impl: 'segments' is for packed rows (segment_ids); use 'auto' or 'chunked'")
+        return _segments(q, k, v, by_key, segment_ids)
     if impl == "flash_tpu":
-        if pairs is not None:
-            raise UserError("attn_impl: 'flash_tpu' takes masks by key, lengths and segment ids; use 'xla' or 'cudnn'")
         out = _flash_tpu(q, k, v, by_key, segment_ids)
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -262,12 +273,24 @@ def _flash_tpu(q, k, v, by_key, segment_ids):
         ids = flash.SegmentIds(q=q_ids, kv=k_ids) if masked else None
         return flash.flash_attention(q, k, v, segment_ids=ids, sm_scale=width**-0.5, block_sizes=blocks)
 
-    # The compiler cannot split a kernel, so it is told: rows over the batch axes, heads over `tensor`.
+    return _over_mesh(kernel, b, a, ids=2)(q, k, v, q_ids, k_ids)[:, :, :n].transpose(0, 2, 1, 3)
+
+
+def _over_mesh(kernel, b: int, a: int, ids: int):
+    """The compiler cannot split a kernel (nor a loop over rows), so it is told: rows over the batch axes, heads over
+    `tensor`. `kernel` takes q, k, v (b, a, ...) and `ids` arrays (b, ...)."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        rows = tuple(x for x in BATCH_AXES if mesh.shape.get(x, 1) > 1)
-        rows = rows if rows and b % math.prod(mesh.shape[x] for x in rows) == 0 else None
-        heads = "tensor" if mesh.shape.get("tensor", 1) > 1 and a % mesh.shape["tensor"] == 0 else None
-        spec, ids = jax.sharding.PartitionSpec(rows, heads), jax.sharding.PartitionSpec(rows)
-        kernel = jax.shard_map(kernel, in_specs=(spec, spec, spec, ids, ids), out_specs=spec, check_vma=False)
-    return kernel(q, k, v, q_ids, k_ids)[:, :, :n].transpose(0, 2, 1, 3)
+    if mesh.empty:
+        return kernel
+    rows = tuple(x for x in BATCH_AXES if mesh.shape.get(x, 1) > 1)
+    rows = rows if rows and b % math.prod(mesh.shape[x] for x in rows) == 0 else None
+    heads = "tensor" if mesh.shape.get("tensor", 1) > 1 and a % mesh.shape["tensor"] == 0 else None
+    spec, by_row = jax.sharding.PartitionSpec(rows, heads), jax.sharding.PartitionSpec(rows)
+    return jax.shard_map(kernel, in_specs=(spec,) * 3 + (by_row,) * ids, out_specs=spec, check_vma=False)
+
+
+def _segments(q, k, v, by_key, segment_ids):
+    ids = segment_ids if by_key is None else jnp.where(by_key, segment_ids, packed.PADDING)
+    q = q * q.shape[-1] ** -0.5
+    kernel = _over_mesh(packed.attend_in_segments, q.shape[0], q.shape[2], ids=1)
+    return kernel(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)), ids).transpose(0, 2, 1, 3)
