@@ -111,6 +111,14 @@ def _prep(argv: list[str]) -> int:
     add("--recipe", metavar="NAME", default="native", help="how scans are stored (default: native)")
     add("--list-recipes", action="store_true", help="print the recipes with all their options as JSON and stop")
     add("--split", default="train", help="shares of patients, e.g. train=0.8,val=0.1,test=0.1 (default: all train)")
+    add(
+        "--stratify",
+        type=int,
+        metavar="SEED",
+        help="share patients out by their rarest label (radiographs without labels: region) instead of by hash alone, "
+        "so that every split has its part of every label; 15%% test, then 5%% of the others val, is "
+        "--split=train=0.8075,val=0.0425,test=0.15",
+    )
     add("--name", default="", help="of the data set (default: the name of OUT)")
     add(
         "--codec",
