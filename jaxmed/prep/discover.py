@@ -244,6 +244,7 @@ def _group(
     rejects, studies, ambiguous = [], [], {}
     for identity, members in groups.items():
         if projections:
+            members = sorted(members, key=lambda m: m.ref.shown)
             same = f"the same SOPInstanceUID as {show(members[0].ref.shown)}"
             rejects += [Reject(show(m.ref.shown), "duplicate-image", same) for m in members[1:]]
             members = members[:1]

@@ -13,8 +13,9 @@ def stratified(studies: Sequence[RawStudy], split: Sequence[tuple[str, float]], 
 
     The rarest label of a patient is that of its studies' labels which fewest studies have; a study counts for each
     label above 0.5, "none" if it has labels and none of them is, and its body region. Patients stand in the order of
-    their groups, the rarest first, and inside a group in the order of a hash with `seed`; each goes to the split that
-    is furthest behind its share, so that both every group and the whole come out as asked for, to within a patient.
+    their groups, the rarest first and those without any last, and inside a group in the order of a hash with `seed`;
+    each goes to the split that is furthest behind its share, so that both every group and the whole come out as asked
+    for, to within a patient.
 
     Studies that have a split (from a manifest) keep it; the patient's other studies follow.
 
@@ -43,7 +44,7 @@ def stratified(studies: Sequence[RawStudy], split: Sequence[tuple[str, float]], 
                 study.split = given[0]
             continue
         rarest = min({n for s in own for n in names[s.key]}, key=lambda n: (frequency[n], n), default="")
-        order.append((frequency[rarest], rarest, _hash(seed, patient), patient))
+        order.append((frequency.get(rarest, len(studies) + 1), rarest, _hash(seed, patient), patient))
     for done, (*_, patient) in enumerate(sorted(order), 1):
         target = max(split, key=lambda s: (s[1] * done - counts[s[0]], s[1]))[0]
         counts[target] += 1
