@@ -15,7 +15,7 @@ from jaxmed.prep import report, sanity
 
 COLUMNS, ROWS = 8, 6
 _SIDE, _TEXT, _GAP = 176, 26, 6  # pixels of a picture, of what is written below it, between them
-_RED, _BOX = (220, 40, 40), (70, 150, 255)
+_RED, _BOX, _GREY = (220, 40, 40), (70, 150, 255), (96, 100, 108)
 
 
 def write(out: Path) -> Path:
@@ -69,6 +69,7 @@ def picture(study: Study, side: int) -> tuple[UInt8[np.ndarray, "h w"], float]:
 
 def _tile(study: Study, why: list[str]) -> Image.Image:
     tile = Image.new("RGB", (_SIDE, _SIDE + _TEXT), "white")
+    tile.paste(_GREY, (0, 0, _SIDE, _SIDE))
     grey, scale = picture(study, _SIDE - 4)
     at = (_SIDE - grey.shape[1]) // 2, (_SIDE - grey.shape[0]) // 2
     tile.paste(Image.fromarray(grey).convert("RGB"), at)
