@@ -7,6 +7,7 @@ from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 
 from jaxmed.data import canvas, intensity
+from jaxmed.evals import examples
 
 IMAGE = np.random.default_rng(0).integers(20, 4000, (40, 30)).astype(np.uint16)
 RANGE = (int(IMAGE.min()), int(IMAGE.max()))
@@ -123,6 +124,18 @@ def test_an_image_of_one_value_is_black():
             table = intensity.table({"range": (7, 7), "photometric": photometric, "percentiles": (7, 7)}, intensity=how)
             assert not table.any()
     assert not shown(percentiles=(50, 50)).any()
+
+
+def test_thumbnails():
+    meta = {"range": RANGE, "photometric": "MONOCHROME1", "windows": [(1800, 1500)]}
+    small, step = intensity.thumbnail(IMAGE, meta, 11)
+    assert small.shape == (10, 7) and step == 4 and small.dtype == np.uint8
+    means = shown(**{k: v for k, v in meta.items() if k != "range"})[:40, :28].reshape(10, 4, 7, 4).mean((1, 3))
+    assert np.abs(small - 255 * means).max() < 1.01
+    same, step = intensity.thumbnail(IMAGE, meta, 40)
+    assert step == 1 and same.shape == IMAGE.shape
+    [picture], mask = examples.slices_of({"voxels": IMAGE[None], "meta": {**meta, "planar": True}}, 5)
+    assert mask is None and np.array_equal(picture, same)
 
 
 def test_canvas():

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from jaxmed.core.files import write_file
@@ -56,27 +55,16 @@ def write(out: Path) -> Path:
     return out / sanity.SHEET
 
 
-def picture(study: Study, side: int) -> tuple[UInt8[np.ndarray, "h w"], float]:
-    """A radiograph as it is shown, its longer side `side` pixels at most (means), and the scale."""
-    [scan] = study["scans"]
-    shown = intensity.table(scan["meta"])[scan["voxels"][0]]
-    step = max(1, -(-max(shown.shape) // side))
-    h, w = (max(1, n // step) * step for n in shown.shape)
-    shown = np.pad(shown, [(0, max(0, m - n)) for m, n in zip((h, w), shown.shape)], mode="edge")[:h, :w]
-    means = shown.reshape(h // step, step, w // step, step).mean((1, 3))
-    return (means / 257).astype(np.uint8), 1 / step
-
-
 def _tile(study: Study, why: list[str]) -> Image.Image:
     tile = Image.new("RGB", (_SIDE, _SIDE + _TEXT), "white")
     tile.paste(_GREY, (0, 0, _SIDE, _SIDE))
-    grey, scale = picture(study, _SIDE - 4)
+    scan = study["scans"][0]
+    grey, step = intensity.thumbnail(scan["voxels"][0], scan["meta"], _SIDE - 4)
     at = (_SIDE - grey.shape[1]) // 2, (_SIDE - grey.shape[0]) // 2
     tile.paste(Image.fromarray(grey).convert("RGB"), at)
     draw = ImageDraw.Draw(tile)
-    scan = study["scans"][0]
     if box := scan["meta"].get("box"):
-        top, left, bottom, right = (round(v * scale) for v in box)
+        top, left, bottom, right = (round(v / step) for v in box)
         draw.rectangle((at[0] + left, at[1] + top, at[0] + right - 1, at[1] + bottom - 1), outline=_BOX)
     if why:
         draw.rectangle((0, 0, _SIDE - 1, _SIDE - 1), outline=_RED, width=2)
