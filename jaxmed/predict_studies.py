@@ -134,7 +134,13 @@ def find(
     """
     salt = find_salt(out, salt_file, create=True)
     studies, rejects = discover.find_studies(
-        sources, salt=salt, manifest=manifest, study=study, skip_names=read["skip_names"], paths=paths
+        sources,
+        salt=salt,
+        manifest=manifest,
+        study=study,
+        skip_names=read["skip_names"],
+        paths=paths,
+        projections=read["projections"],
     )
     return Reader(studies, [dataclasses.asdict(r) for r in rejects], [], [])
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64, UInt16
+from jaxtyping import Float64, Int64, UInt8, UInt16
 
 Array = np.ndarray
 
@@ -75,6 +75,18 @@ def unit(meta: Mapping[str, Any], *, intensity: str = "voi") -> Float64[Array, "
     if shown is None:
         shown = _share(x, *meta.get("percentiles") or sorted((x[low], x[high])))
     return 1.0 - shown if inverted else shown
+
+
+def thumbnail(voxels: UInt16[Array, "h w"], meta: Mapping[str, Any], side: int) -> tuple[UInt8[Array, "h2 w2"], int]:
+    """A radiograph as it is shown, in means over blocks, so that no side has more than `side` pixels; the block's side.
+
+    Sides that are no multiple of the block lose what is left over.
+    """
+    step = max(1, -(-max(voxels.shape) // side))
+    step_h, step_w = (min(step, n) for n in voxels.shape)
+    h, w = voxels.shape[0] // step_h, voxels.shape[1] // step_w
+    shown = table(meta)[voxels[: h * step_h, : w * step_w]].reshape(h, step_h, w, step_w)
+    return (shown.mean((1, 3), dtype=np.float32) / 257).astype(np.uint8), step
 
 
 def modality(meta: Mapping[str, Any], stored: Int64[Array, "n"]) -> Float64[Array, "n"]:

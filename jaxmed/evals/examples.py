@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from jaxmed.core.files import write_arrays
+from jaxmed.data import intensity
 from jaxmed.data.masks import from_runs
 from jaxmed.data.shards import Dataset
 
 NAME = "examples.npz"
+RADIOGRAPH = 384
 
 
 def to_gray(x: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -25,7 +27,12 @@ def to_gray(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def slices_of(scan: dict[str, Any], count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """`count` slices of a scan as uint8 (slices, h, w), and its mask there; centred on the mask's largest slice."""
+    """`count` slices of a scan as uint8 (slices, h, w), and its mask there; centred on the mask's largest slice.
+
+    Of a radiograph one picture, windowed and inverted as its meta says, at most `RADIOGRAPH` pixels on a side.
+    """
+    if scan["meta"].get("planar") and "range" in scan["meta"]:  # a radiograph as prep stores it
+        return intensity.thumbnail(scan["voxels"][0], scan["meta"], RADIOGRAPH)[0][None], None
     voxels = scan["voxels"] if scan["voxels"].ndim == 3 else scan["voxels"][..., 0]
     depth, mask = len(voxels), None
     middle = depth // 2

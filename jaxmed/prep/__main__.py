@@ -38,6 +38,16 @@ sources:
   --source=tfds --source.dir=FOLDER --source.image=FIELD --source.text=FIELD makes shards of a TensorFlow Datasets set
   that is stored as array_record (pip install 'jaxmed[tfds]'); other options are those of its open_dataset.
 
+radiographs:
+  --recipe=radiograph makes one record of every single-frame DICOM projection, PNG and JPEG: native size, the stored
+  values, and beside them windows, tables, inversion, spacing, region, side, view and the collimated field; training
+  turns them into pictures. Rows about a folder, study or patient hold for all of its images; image_id, Image Index and
+  filestem name a file as VolumeName does. Pictures know no patient: give --patient=REGEX or the manifest's column, e.g.
+    --recipe=radiograph --patient='patient\\d+' --split=train=0.8075,val=0.0425,test=0.15 --stratify=42
+  --read.secondary=true keeps images whose type says secondary, --read.min_side=N sets the smallest side.
+  OUT/prep_report.json has a section "sanity" (inverted, clipped, text in the pixels, photometric disagreement, copies),
+  OUT/contact_sheet.png shows suspects first. Look at it before you pass the data set on.
+
 identities:
   The keys of studies and patients are hashes with a secret, the salt: the same salt gives the same keys, without it
   nobody can compute them. It comes from --salt-file, else from the environment variable JAXMED_PREP_SALT, else it is
@@ -80,7 +90,8 @@ def _prep(argv: list[str]) -> int:
     lines = "\n".join(f"  {r.name:24} {r.about}" for r in recipes.RECIPES.values())
     parser = _Parser(
         prog="python -m jaxmed.prep",
-        description="Turns folders and zips of DICOM, NIfTI, NRRD and BIDS into a jaxmed data set of shards.",
+        description="Turns folders and zips of DICOM, NIfTI, NRRD and BIDS (radiographs: PNG, JPEG too) into a jaxmed "
+        "data set of shards.",
         epilog=EPILOG.format(recipes=lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -111,6 +122,14 @@ def _prep(argv: list[str]) -> int:
     add("--recipe", metavar="NAME", default="native", help="how scans are stored (default: native)")
     add("--list-recipes", action="store_true", help="print the recipes with all their options as JSON and stop")
     add("--split", default="train", help="shares of patients, e.g. train=0.8,val=0.1,test=0.1 (default: all train)")
+    add(
+        "--stratify",
+        type=int,
+        metavar="SEED",
+        help="share patients out by their rarest label (radiographs without labels: region) instead of by hash alone, "
+        "so that every split has its part of every label; 15%% test, then 5%% of the others val, is "
+        "--split=train=0.8075,val=0.0425,test=0.15",
+    )
     add("--name", default="", help="of the data set (default: the name of OUT)")
     add(
         "--codec",

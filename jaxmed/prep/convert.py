@@ -13,7 +13,7 @@ from typing import Any
 from jaxmed.core.errors import UserError
 from jaxmed.core.files import is_full
 from jaxmed.data.record import DEFAULT_CODEC, encode
-from jaxmed.prep import recipes, scan
+from jaxmed.prep import recipes, sanity, scan
 from jaxmed.prep.sources import SourceStudy
 
 # What the writing half refuses, besides `scan.REASONS`.
@@ -45,6 +45,7 @@ class Converted:
     scans: int
     rejects: list[dict[str, Any]]
     notes: list[dict[str, Any]]
+    images: list[dict[str, Any]]  # of radiographs: what `sanity` counts
 
 
 def convert(job: Job, study: scan.RawStudy) -> Converted:
@@ -88,13 +89,16 @@ def _convert(job: Job, study: scan.RawStudy) -> Converted:
                 keep(raws, shown, files)
     data = None
     if stored:
-        said["split"] = said["split"] or split_of(study.patient, job.split)
+        said["split"] = said["split"] or study.split or split_of(study.patient, job.split)
         with _guard(rejects, study.key, 0, "study"):
             record = {"key": study.key, "patient": study.patient, "scans": recipes.one_dtype(stored), **said}
             data = encode(record, job.codec)
     else:
         rejects.append(scan.Reject(study.key, "no-images", "none of its series gave a scan", "study", 0))
-    return Converted(data, len(stored) if data else 0, [dataclasses.asdict(r) for r in rejects], notes)
+    images = []
+    if data and job.read.projections:
+        images = [sanity.of_image(study, said["split"], scan, notes) for scan in stored]
+    return Converted(data, len(stored) if data else 0, [dataclasses.asdict(r) for r in rejects], notes, images)
 
 
 @contextlib.contextmanager

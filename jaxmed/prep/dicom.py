@@ -316,39 +316,49 @@ class _Pixels:
     def _decode(self, file: int) -> np.ndarray:
         with open_ref(self.files[file]) as f:
             ds = frames.quiet_read(f, pixels=True)
-        if "Rows" not in ds:  # it was there when only the header was read
-            raise Rejected("truncated-pixel-data", "the file ends within its pixels")
         self.guessed |= "TransferSyntaxUID" not in ds.file_meta
-        syntax = _syntax(ds)
-        self.syntaxes[file] = syntax.keyword
-        count = int(frames.number(ds, "NumberOfFrames") or 1)
-        shape = (count, int(ds.Rows), int(ds.Columns))
-        stored = next((t for t in frames.PIXELS if t in ds), None)
-        if stored is None:
-            raise Rejected("truncated-pixel-data", "the pixels are absent")
-        expected = int(np.prod(shape, dtype=np.float64) * (frames.number(ds, "BitsAllocated") or 16) / 8)
-        if expected > MAX_BYTES:
-            raise Rejected("too-large", f"more than {MAX_BYTES >> 30} GiB")
-        have = len(ds[stored].value or b"")
-        if not syntax.is_encapsulated and have < expected:
-            raise Rejected("truncated-pixel-data", f"{have} of {expected} bytes")
-        if have == 0:
-            raise Rejected("truncated-pixel-data", "the pixels are empty")
-        gdcm.Trace.WarningOff()
-        gdcm.Trace.ErrorOff()
-        try:
-            array = ds.pixel_array
-        except MemoryError:
-            raise
-        except Exception as e:  # decoders raise what they meet
-            raise Rejected("undecodable", f"{syntax.keyword} ({type(e).__name__})") from None
-        array = array.reshape(-1, *array.shape[-2:])
-        if array.shape != shape:
-            raise Rejected("inconsistent", f"header says {shape}, pixels are {array.shape} (frames, rows, columns)")
-        return _stored_bits(array, ds)
+        self.syntaxes[file] = syntax_of(ds).keyword
+        return decode(ds)
 
 
-def _syntax(ds: Dataset) -> pydicom.uid.UID:
+def decode(ds: Dataset) -> np.ndarray:
+    """The stored pixels of a whole file, (frames, h, w).
+
+    Raises:
+      Rejected: "truncated-pixel-data", "too-large", "undecodable", "inconsistent".
+      MemoryError: they do not fit into memory.
+    """
+    if "Rows" not in ds:  # it was there when only the header was read
+        raise Rejected("truncated-pixel-data", "the file ends within its pixels")
+    syntax = syntax_of(ds)
+    count = int(frames.number(ds, "NumberOfFrames") or 1)
+    shape = (count, int(ds.Rows), int(ds.Columns))
+    stored = next((t for t in frames.PIXELS if t in ds), None)
+    if stored is None:
+        raise Rejected("truncated-pixel-data", "the pixels are absent")
+    expected = int(np.prod(shape, dtype=np.float64) * (frames.number(ds, "BitsAllocated") or 16) / 8)
+    if expected > MAX_BYTES:
+        raise Rejected("too-large", f"more than {MAX_BYTES >> 30} GiB")
+    have = len(ds[stored].value or b"")
+    if not syntax.is_encapsulated and have < expected:
+        raise Rejected("truncated-pixel-data", f"{have} of {expected} bytes")
+    if have == 0:
+        raise Rejected("truncated-pixel-data", "the pixels are empty")
+    gdcm.Trace.WarningOff()
+    gdcm.Trace.ErrorOff()
+    try:
+        array = ds.pixel_array
+    except MemoryError:
+        raise
+    except Exception as e:  # decoders raise what they meet
+        raise Rejected("undecodable", f"{syntax.keyword} ({type(e).__name__})") from None
+    array = array.reshape(-1, *array.shape[-2:])
+    if array.shape != shape:
+        raise Rejected("inconsistent", f"header says {shape}, pixels are {array.shape} (frames, rows, columns)")
+    return _stored_bits(array, ds)
+
+
+def syntax_of(ds: Dataset) -> pydicom.uid.UID:
     """The transfer syntax; files without meta header get the one that their elements were written in."""
     meta = ds.file_meta
     if "TransferSyntaxUID" not in meta:

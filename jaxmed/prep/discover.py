@@ -1,6 +1,7 @@
 """Finds studies in folders, zips and BIDS trees by reading headers only."""
 
 import dataclasses
+import functools
 import os
 import re
 from collections import defaultdict
@@ -49,6 +50,10 @@ class _Image:
             return "row", path
         return "folder", self.ref.shown.rpartition("/")[0]
 
+    def itself(self) -> tuple[str, ...]:
+        """What makes it, where every image is a study of its own."""
+        return ("instance", self.header.instance) if self.header.instance else ("file", self.ref.shown)
+
 
 def find_studies(
     sources: Sequence[str | Path],
@@ -61,6 +66,7 @@ def find_studies(
     patient: str = "",
     skip_names: str = "seg|mask|label",
     paths: str = "redact",
+    projections: bool = False,
     map_fn: Callable[[Callable, Iterable], Iterable] = map,
 ) -> tuple[list[RawStudy], list[Reject]]:
     """Groups every image under `sources` into studies; every other file gets a reason.
@@ -79,15 +85,20 @@ def find_studies(
       skip_names: regular expression; NIfTI and NRRD files whose name matches are masks ("" keeps all).
       paths: how places appear in rejects: "redact" replaces path components that hold an identifier known from the
         headers, a UID or a date by a hash; "hash" replaces all; "keep" none.
+      projections: radiographs: every image is a study of its own, PNG and JPEG are images, and a second file of the
+        same SOPInstanceUID is refused. A row about a folder, study or session is about each of its images; images
+        without PatientID are of one patient if they are of one DICOM study.
       map_fn: `map` or a pool's `map`, used for the header reading (its function and items can be pickled).
 
     Returns:
       Studies sorted by key (their series by series number, then by place) and rejects sorted by place.
 
     Raises:
-      UserError: a source does not exist, a manifest cannot be read, two of its rows contradict each other, or an
-        expression matches no image.
+      UserError: a source does not exist, a manifest cannot be read, two of its rows contradict each other, an
+        expression matches no image, or `study` is given with `projections`.
     """
+    if projections and study:
+        raise UserError(f"--study={study}: every radiograph is a record of its own; --patient groups them for splits")
     Shower(salt, paths, set())  # an unknown mode fails before hours of reading
     manifests = read_manifests([manifest] if isinstance(manifest, (str, Path)) else manifest or (), report, labels)
     masks = _compiled("--read.skip_names", skip_names)
@@ -101,14 +112,14 @@ def find_studies(
         if isinstance(found, tuple):
             refused.append((found[0], found[1].reason, found[1].detail))
             continue
-        reason = _by_name(found, masks)
+        reason = _by_name(found, masks, projections)
         if reason is None:
             refs.append(found)
         else:
             refused.append((found, *reason))
     identifiers: set[str] = set()
     images: list[_Image] = []
-    for ref, header in zip(refs, map_fn(headers.inspect, refs)):
+    for ref, header in zip(refs, map_fn(functools.partial(headers.inspect, projections=projections), refs)):
         identifiers.update(header.identifiers)
         if header.kind:
             images.append(_image(ref, header))
@@ -140,7 +151,7 @@ def find_studies(
             f"--manifest={', '.join(m.path for m in manifests)}: none of its {len(rows)} rows fits any of the "
             f"{len(images)} images (looked for by {', '.join(keys)}; a path is relative to the manifest or to a source)"
         )
-    studies, joined = _group(images, salt, show, bool(manifests))
+    studies, joined = _group(images, salt, show, bool(manifests), projections)
     rejects += joined
     for row in rows:
         if id(row) not in used:
@@ -162,10 +173,11 @@ def _line(row: Row, show: Shower) -> str:
     return f"{show(Path(row.manifest).name)}:{row.line}"
 
 
-def _by_name(ref: FileRef, masks: re.Pattern | None) -> tuple[str, str] | None:
+def _by_name(ref: FileRef, masks: re.Pattern | None, projections: bool) -> tuple[str, str] | None:
     """Files that are refused without opening them."""
     name = (ref.member or ref.path).replace("\\", "/").rpartition("/")[2]
-    if not headers.volumes.kind_of(name):
+    picture = projections and name.lower().endswith((".png", ".jpg", ".jpeg"))
+    if not headers.volumes.kind_of(name) and not picture:
         return None
     if re.search(r"(^|/)derivatives/(.*/)?sub-[A-Za-z0-9]+/", ref.shown):
         return "bids-derivative", "inside derivatives"
@@ -217,11 +229,13 @@ def _match(images: list[_Image], manifests: list[Manifest], sources: Sequence[st
             image.rows = image.rows + rows
 
 
-def _group(images: list[_Image], salt: str, show: Shower, expect_rows: bool) -> tuple[list[RawStudy], list[Reject]]:
+def _group(
+    images: list[_Image], salt: str, show: Shower, expect_rows: bool, projections: bool
+) -> tuple[list[RawStudy], list[Reject]]:
     """Images -> studies with keys, joined with their rows."""
     groups: dict[tuple[str, ...], list[_Image]] = defaultdict(list)
     for image in images:
-        groups[image.study()].append(image)
+        groups[image.itself() if projections else image.study()].append(image)
     hits: dict[int, set[tuple[str, ...]]] = defaultdict(set)
     for identity, members in groups.items():
         for image in members:
@@ -229,11 +243,17 @@ def _group(images: list[_Image], salt: str, show: Shower, expect_rows: bool) -> 
                 hits[id(row)].add(identity)
     rejects, studies, ambiguous = [], [], {}
     for identity, members in groups.items():
+        if projections:
+            members = sorted(members, key=lambda m: m.ref.shown)
+            same = f"the same SOPInstanceUID as {show(members[0].ref.shown)}"
+            rejects += [Reject(show(m.ref.shown), "duplicate-image", same) for m in members[1:]]
+            members = members[:1]
         key = salted_hash(salt, "study", *identity)
         rows = list({id(row): row for i in members for row in i.rows}.values())
         for row in rows:
             whole_participant = row.bids and "/" not in row.bids and not (row.path or row.uid or row.accession)
-            if len(hits[id(row)]) > 1 and not whole_participant:
+            whole_study = projections and not row.volume
+            if len(hits[id(row)]) > 1 and not (whole_participant or whole_study):
                 ambiguous[id(row)] = row
         for image in members:
             image.rows = [row for row in image.rows if id(row) not in ambiguous]
@@ -241,6 +261,9 @@ def _group(images: list[_Image], salt: str, show: Shower, expect_rows: bool) -> 
         patient = next((i.words["patient"] for i in members if i.words.get("patient")), "")
         patient = patient or next((i.header.patient for i in members if i.header.patient), "")
         patient = patient or next((f"{i.root}/{i.bids.partition('/')[0]}" for i in members if i.bids), "")
+        if projections:
+            patient = patient or members[0].header.study
+            study.region = members[0].header.region
         if patient:
             study.patient = salted_hash(salt, "patient", patient)
         for row in rows:

@@ -172,8 +172,12 @@ def texts(ds: Dataset, name: str) -> tuple[str, ...]:
     return (found.strip(),) if isinstance(found, str) else tuple(str(v).strip() for v in found)
 
 
-def refuse(ds: Dataset) -> None:
-    """Raises `Rejected` for every DICOM object that is not a grey image; uses header elements only."""
+def refuse(ds: Dataset, *, projections: bool = False) -> None:
+    """Raises `Rejected` for every DICOM object that is not a grey image; uses header elements only.
+
+    Args:
+      projections: radiographs are wanted: those that were digitised elsewhere (modality OT) are no screenshots.
+    """
     uid = pydicom.uid.UID(str(value(ds, "SOPClassUID") or value(ds.file_meta, "MediaStorageSOPClassUID", "")))
     name = uid.name if uid in pydicom.uid.UID_dictionary else ""
     modality = str(value(ds, "Modality", "")).strip().upper()
@@ -193,11 +197,12 @@ def refuse(ds: Dataset) -> None:
     if (number(ds, "SamplesPerPixel") or 1) > 1 or photometric.startswith(("RGB", "YBR")):
         raise Rejected("colour-image", "several samples per pixel")
     placed = "ImagePositionPatient" in ds or "PerFrameFunctionalGroupsSequence" in ds
-    if "Secondary Capture" in name and modality not in PLANAR and not placed:
+    planar = PLANAR | {"OT"} if projections else PLANAR
+    if "Secondary Capture" in name and modality not in planar and not placed:
         raise Rejected("secondary-capture", "a secondary capture without position")
 
 
-def _spacing(ds: Dataset | None) -> tuple[float, float] | None:
+def spacing_of(ds: Dataset | None) -> tuple[float, float] | None:
     for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         found = numbers(ds, name, 2)
         if found is not None and (found > 0).all():
@@ -265,7 +270,7 @@ def slices_of(ds: Dataset, file: int) -> list[Slice]:
         return _enhanced(ds, file, frames)
     kinds = texts(ds, "ImageType")
     shape = (int(ds.Rows), int(ds.Columns))
-    spacing = _spacing(ds)
+    spacing = spacing_of(ds)
     slope, intercept = _rescale(ds) or (1.0, 0.0)
     echo, b_value = number(ds, "EchoTime"), _b_value(ds)
     volume = (
@@ -305,14 +310,14 @@ def slices_of(ds: Dataset, file: int) -> list[Slice]:
     return [dataclasses.replace(base, frame=i, position=None, number=i, location=None) for i in range(frames)]
 
 
-def _first(ds: Dataset | None, name: str) -> Dataset | None:
+def first(ds: Dataset | None, name: str) -> Dataset | None:
     found = None if ds is None else ds.get(name)
     return found[0] if found else None
 
 
 def _enhanced(ds: Dataset, file: int, frames: int) -> list[Slice]:
     """Planes of an enhanced object: each functional group from the frame's item, else from the shared one."""
-    shared = _first(ds, "SharedFunctionalGroupsSequence")
+    shared = first(ds, "SharedFunctionalGroupsSequence")
     items = ds.PerFrameFunctionalGroupsSequence
     if len(items) < frames:
         raise Rejected("inconsistent", f"{frames} frames but {len(items)} frame descriptions")
@@ -321,8 +326,8 @@ def _enhanced(ds: Dataset, file: int, frames: int) -> list[Slice]:
     for index in range(frames):
 
         def group(name: str, item=items[index]) -> Dataset | None:
-            own = _first(item, name)
-            return _first(shared, name) if own is None else own
+            own = first(item, name)
+            return first(shared, name) if own is None else own
 
         def get(name: str, element: str, group=group) -> float | None:
             found = group(name)
@@ -335,8 +340,8 @@ def _enhanced(ds: Dataset, file: int, frames: int) -> list[Slice]:
             kinds = kinds if found is None else texts(found, "FrameType") + texts(found, "ComplexImageComponent")
         slope, intercept = _rescale(group("PixelValueTransformationSequence")) or _rescale(ds) or (1.0, 0.0)
         b_value = get("MRDiffusionSequence", "DiffusionBValue")
-        gradient = _first(group("MRDiffusionSequence"), "DiffusionGradientDirectionSequence")
-        spacing = _spacing(measures)
+        gradient = first(group("MRDiffusionSequence"), "DiffusionGradientDirectionSequence")
+        spacing = spacing_of(measures)
         stack_id = "" if content is None else str(value(content, "StackID", ""))
         result.append(
             Slice(

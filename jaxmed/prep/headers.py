@@ -7,11 +7,12 @@ import pydicom
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 
-from jaxmed.prep import frames, volumes
+from jaxmed.prep import frames, regions, volumes
 from jaxmed.prep.files import ARCHIVES, head, open_ref
 from jaxmed.prep.scan import FileRef, Rejected
 
 SIDECARS = (".json", ".tsv", ".csv", ".bval", ".bvec", ".bvals", ".bvecs", ".jsonl")
+PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")  # how PNG and JPEG files begin
 _IDENTITY = (
     *("PatientName", "PatientID", "OtherPatientIDs", "OtherPatientNames", "AccessionNumber", "PatientBirthDate"),
     *("StudyInstanceUID", "SeriesInstanceUID", "ReferringPhysicianName", "PerformingPhysicianName", "PatientBirthName"),
@@ -22,7 +23,7 @@ _TAGS = [
         *_IDENTITY,
         *("SpecificCharacterSet", "SOPClassUID", "Modality", "Rows", "Columns", "SamplesPerPixel", "SeriesNumber"),
         *("PhotometricInterpretation", "ImagePositionPatient", "IssuerOfPatientID", "DirectoryRecordSequence"),
-        "PerFrameFunctionalGroupsSequence",
+        *("PerFrameFunctionalGroupsSequence", "SOPInstanceUID", "BodyPartExamined"),
     )
 ]
 
@@ -31,7 +32,7 @@ _TAGS = [
 class Header:
     """What grouping needs of one file; identifiers stay in memory."""
 
-    kind: str  # "dicom", "nifti", "nrrd", or "" if refused
+    kind: str  # "dicom", "nifti", "nrrd", "picture", or "" if refused
     reason: str = ""
     detail: str = ""
     study: str = ""  # StudyInstanceUID
@@ -39,14 +40,20 @@ class Header:
     patient: str = ""
     accession: str = ""
     order: float = 0.0  # SeriesNumber
+    instance: str = ""  # SOPInstanceUID
+    region: str = ""  # a token of `regions`
     identifiers: tuple[str, ...] = ()  # names, numbers and dates that may appear in paths
 
 
-def inspect(ref: FileRef) -> Header:
-    """Classifies a file; never raises for bad data."""
+def inspect(ref: FileRef, projections: bool = False) -> Header:
+    """Classifies a file; never raises for bad data.
+
+    Args:
+      projections: radiographs are wanted: PNG and JPEG are images too.
+    """
     try:
         with frames.Quiet():
-            return _inspect(ref)
+            return _inspect(ref, projections)
     except Rejected as e:
         return Header("", e.reason, e.detail)
     except MemoryError:
@@ -55,7 +62,7 @@ def inspect(ref: FileRef) -> Header:
         return Header("", "unreadable", f"contradictory header ({type(e).__name__})")
 
 
-def _inspect(ref: FileRef) -> Header:
+def _inspect(ref: FileRef, projections: bool) -> Header:
     name = (ref.member or ref.path).lower()
     start = head(ref, 264)
     if not start:
@@ -64,6 +71,8 @@ def _inspect(ref: FileRef) -> Header:
     if kind:
         volumes.check(ref)
         return Header(kind)
+    if projections and start.startswith(PICTURES):
+        return Header("picture")
     if start[128:132] != b"DICM" and not _bare_dicom(start):
         if name.endswith(SIDECARS):
             raise Rejected("sidecar", "belongs to images or to the data set")
@@ -77,11 +86,13 @@ def _inspect(ref: FileRef) -> Header:
     header.patient = str(frames.value(ds, "PatientID", ""))
     header.accession = str(frames.value(ds, "AccessionNumber", "")).strip()
     header.order = frames.number(ds, "SeriesNumber") or 0.0
+    header.instance = str(frames.value(ds, "SOPInstanceUID", ""))
+    header.region = regions.region(str(frames.value(ds, "BodyPartExamined", "")))
     header.identifiers = _identifiers(ds)
     try:
         if start[128:132] != b"DICM" and "SOPClassUID" not in ds and "Modality" not in ds:
             raise Rejected("not-an-image", "neither DICOM, NIfTI nor NRRD")
-        frames.refuse(ds)
+        frames.refuse(ds, projections=projections)
     except Rejected as e:
         header.kind, header.reason, header.detail = "", e.reason, e.detail
     return header

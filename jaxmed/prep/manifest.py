@@ -29,6 +29,9 @@ _KEYS = {
     "participantid": "bids",
     "sessionid": "session",
     "volumename": "volume",
+    "imageid": "volume",
+    "imageindex": "volume",
+    "filestem": "volume",
     "split": "split",
     "patient": "patient",
     "patientid": "patient",
@@ -125,7 +128,8 @@ def read_manifest(path: str | Path, report: str = "sentences", labels: Sequence[
 
     Names of columns are compared without capitals, blanks, `-` and `_`. A row finds its study by `path` (a file or
     folder, relative to the manifest or to a source), `StudyInstanceUID`, `AccessionNumber`, or `bids` /
-    `participant_id` (with `session_id`), or its scan by `VolumeName` (a file's name, wherever the file lies); a row
+    `participant_id` (with `session_id`), or its scan by `VolumeName` (or `image_id`,
+    `Image Index`, `filestem`: a file's name, wherever the file lies); a row
     with several needs one that matches. `report` is a text (split into sentences) or in JSON a list of sentences;
     `label:NAME` or `label_NAME` columns, or `labels` as an object in JSON, are numbers (empty = missing; true/false,
     yes/no count as 1/0); `split` and `patient` are words; rows of the same `study` are one study. `RescaleSlope`,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 # What `guess` can answer. "t1c" is T1-weighted after contrast agent.
 TOKENS = (
     *("t1w", "t1c", "t2w", "t2star", "flair", "pd", "dwi", "adc", "swi", "perf", "bold", "mra", "fieldmap", "phase"),
-    *("inplane", "qmap", "ct", "cta", "pt", "nm", "us", "xa", "cr", "dx", "mg", "unknown"),
+    *("inplane", "qmap", "ct", "cta", "pt", "nm", "us", "xa", "cr", "dx", "mg", "xr", "unknown"),
 )
 
 # Words in descriptions and file names, first match wins. Text is lower case, words separated by single blanks.
@@ -33,6 +33,7 @@ _LOCALIZER = re.compile(
     r"\b(loc|locali[sz]ers?|\w*scout\w*|survey|topogram|scanogram|scano|surview|plan ?scan|3 ?plane|3pl|pilot)\b"
 )
 _CODES = {"PT": "pt", "NM": "nm", "US": "us", "XA": "xa", "RF": "xa", "CR": "cr", "DX": "dx", "MG": "mg", "RG": "cr"}
+_CODES |= {"OT": "xr", "IO": "xr", "PX": "xr"}
 _BODY = ("HEAD", "BRAIN", "SKULL", "NECK", "CHEST", "THORAX", "LUNG", "HEART", "BREAST", "ABDOMEN", "LIVER", "PELVIS")
 _BODY += ("PROSTATE", "SPINE", "CSPINE", "TSPINE", "LSPINE", "SHOULDER", "KNEE", "HIP", "WHOLEBODY", "EXTREMITY")
 

@@ -234,6 +234,15 @@ RECIPES = {
             {"axes": "keep", "slice_first": False, "dtype": "auto", "value_range": None},
             channels=True,
         ),
+        Recipe(
+            "radiograph",
+            "projection radiographs (DICOM, PNG, JPEG): each image a record of native size, stored values in uint16; "
+            "windows, tables and inversion are kept beside them for training to apply",
+            ("CR", "DX", "RG", "MG", "XA", "RF", "IO", "PX", "OT", ""),
+            (),
+            {"value_range": (0, 65535)},
+            {"projections": True},
+        ),
     )
 }
 

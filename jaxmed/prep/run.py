@@ -2,6 +2,7 @@
 
     OUT/shard-*.array_record, shard-*.json, index.npz, dataset.json     the data set (see `data.shards`)
     OUT/prep_report.json                                                what was refused, and why
+    OUT/contact_sheet.png                                               radiographs: some of them, the suspects first
     OUT/.prep/                                                          private: keep it, never pass it on
         salt         secret of the study keys, unless given by file or environment
         run.json     the arguments, so that a restart with others is noticed
@@ -25,7 +26,6 @@ import secrets
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,12 @@ from jaxmed.core.errors import UserError
 from jaxmed.core.files import is_full, write_file
 from jaxmed.data import shards
 from jaxmed.data.record import CODECS, DEFAULT_CODEC
-from jaxmed.prep import discover, headers, recipes, scan
-from jaxmed.prep.convert import REASONS, Converted, Job, convert, parse_split, where
+from jaxmed.prep import contact_sheet, discover, headers, recipes, sanity, scan, splits
+from jaxmed.prep import report as report_file
+from jaxmed.prep.convert import Converted, Job, convert, parse_split, where
 from jaxmed.prep.pool import Died, Failed, Pool
 from jaxmed.prep.sources import find as find_in_source
 
-REPORT = "prep_report.json"
 PRIVATE = ".prep"
 SALT_VARIABLE = "JAXMED_PREP_SALT"
 
@@ -108,24 +108,6 @@ def _write_private(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {e.strerror}; free space or choose another folder") from None
 
 
-@dataclasses.dataclass
-class Summary:
-    """What the last table shows."""
-
-    studies_found: int
-    studies: int
-    scans: int
-    shards: int
-    bytes: int
-    rejected: Counter
-    noted: Counter
-    reports: int  # studies with a text
-    labelled: int  # studies with a label
-    unread: dict[str, str]  # {manifest: columns that mean nothing}
-    seconds: float
-    report: Path | None
-
-
 def prepare(
     sources: Sequence[str],
     out: str | os.PathLike,
@@ -140,6 +122,7 @@ def prepare(
     name: str = "",
     codec: str = DEFAULT_CODEC,
     split: str = "train",
+    stratify: int | None = None,
     paths: str = "redact",
     salt_file: str | None = None,
     shard_mb: int = 256,
@@ -148,7 +131,7 @@ def prepare(
     dry_run: bool = False,
     source: str = "",
     source_options: dict[str, Any] | None = None,
-) -> Summary:
+) -> report_file.Summary:
     """From raw scans to a finished data set folder; running it again continues, or finds nothing left to do.
 
     Args:
@@ -159,6 +142,7 @@ def prepare(
       name: of the data set; default: the folder's.
       codec: see `data.record`.
       split: shares of the patients whose manifest row names no split, see `parse_split`.
+      stratify: seed of a split that shares the rarest labels out, see `splits.stratified`; None: by hash alone.
       salt_file: see `find_salt`.
       shard_mb, shard_studies: see `plan_shards`.
       workers: processes; 0 = this one (then a decoder that crashes takes everything with it).
@@ -177,6 +161,10 @@ def prepare(
     for given in sources:
         if not dry_run and out.resolve().is_relative_to(Path(given).resolve()):
             raise UserError(f"--out={out}: lies inside the source {given}; choose a folder outside of the scans")
+    if source and read["projections"]:
+        raise UserError(
+            f"--source={source}: recipe {recipe.name} reads files (DICOM, PNG, JPEG); give a folder of them"
+        )
     shares = parse_split(split)
     fields = {f.name for f in dataclasses.fields(scan.ReadOptions)}
     job = Job(
@@ -205,12 +193,15 @@ def prepare(
                 patient=patient,
                 skip_names=read["skip_names"],
                 paths=paths,
+                projections=read["projections"],
                 map_fn=functools.partial(_map, pool),
             )
             content = ""
+        if stratify is not None:
+            splits.stratified(studies, shares, stratify)
         plan = plan_shards(studies, recipe, shard_mb=shard_mb, shard_studies=shard_studies)
         if dry_run:
-            summary = _summary(studies, rejects, [])
+            summary = report_file.summarise(studies, rejects, [])
             return dataclasses.replace(summary, shards=len(plan), seconds=time.monotonic() - started)
         arguments = {
             "recipe": recipe.describe(),
@@ -218,6 +209,7 @@ def prepare(
             "report": report,
             "codec": codec,
             "split": dict(shares),
+            "stratify": stratify,
             "name": name or out.resolve().name,
             "salt": scan.salted_hash(salt, "jaxmed prep"),
             "shards": [len(r) for r in plan],
@@ -226,12 +218,14 @@ def prepare(
         _same_run(out, arguments)
         _write_shards(out, job, studies, plan, pool)
         parts = [_part(out, i) for i in range(len(plan))]
-        summary = _write_report(out, arguments, studies, rejects, parts)
+        summary = report_file.write(out, arguments, studies, rejects, parts)
         if not summary.studies:
             top = ", ".join(f"{reason} ({n})" for reason, n in summary.rejected.most_common(3)) or "no file at all"
-            raise UserError(f"{out}: no usable study among the sources; {REPORT} there says why: {top}")
-        stored = {k: arguments[k] for k in ("read", "report", "split")}
+            raise UserError(f"{out}: no usable study among the sources; {report_file.NAME} there says why: {top}")
+        stored = {k: arguments[k] for k in ("read", "report", "split", "stratify")}
         shards.finish(out, arguments["name"], {**arguments["recipe"], **stored})
+        if job.read.projections:
+            contact_sheet.write(out)
     return dataclasses.replace(summary, seconds=time.monotonic() - started)
 
 
@@ -252,7 +246,7 @@ def _own(out: Path) -> Iterator[None]:
             raise UserError(
                 f"--out={out}: another prep is at work there; wait for it or choose another folder"
             ) from None
-        ours = ("shard-*", shards.INDEX, shards.MANIFEST, REPORT)
+        ours = ("shard-*", shards.INDEX, shards.MANIFEST, report_file.NAME, sanity.SHEET)
         for half in [*private.glob(".*.tmp"), *(p for name in ours for p in out.glob(f".{name}.*.tmp"))]:
             half.unlink()
         temporary = private / "tmp"
@@ -361,7 +355,7 @@ def _write_shards(out: Path, job: Job, studies: Sequence, plan: Sequence[range],
     bar = tqdm(total=len(studies), initial=kept, desc="prep", unit="study", mininterval=0.5, file=sys.stderr)
     with bar, contextlib.closing(results):
         for number in todo:
-            part: dict[str, Any] = {"studies": 0, "scans": 0, "rejects": [], "notes": []}
+            part: dict[str, Any] = {"studies": 0, "scans": 0, "rejects": [], "notes": [], "images": []}
             with shards.ShardWriter(out, number, job.codec) as writer:
                 for _ in plan[number]:
                     result = _settled(out, *next(results))
@@ -371,6 +365,7 @@ def _write_shards(out: Path, job: Job, studies: Sequence, plan: Sequence[range],
                     part["scans"] += result.scans
                     part["rejects"] += result.rejects
                     part["notes"] += result.notes
+                    part["images"] += result.images
                     bar.update()
                 write_file(out / PRIVATE / f"part-{number:05d}.json", json.dumps(part).encode())
 
@@ -386,57 +381,4 @@ def _settled(out: Path, study: scan.RawStudy, result: Any) -> Converted:
         )
     reason, detail = ("worker-died", result.how) if isinstance(result, Died) else ("failed", where(result.error))
     files = sum(len(s.files) for s in study.series)
-    return Converted(None, 0, [dataclasses.asdict(scan.Reject(study.key, reason, detail, "study", files))], [])
-
-
-def _summary(studies: Sequence[scan.RawStudy], found: Sequence[scan.Reject], parts: list[dict[str, Any]]) -> Summary:
-    rejected = Counter(r.reason for r in found if r.reason not in scan.KEPT)
-    rejected += Counter(r["reason"] for part in parts for r in part["rejects"])
-    noted = Counter(r.reason for r in found if r.reason in scan.KEPT)
-    noted += Counter(n["reason"] for part in parts for n in part["notes"])
-    return Summary(
-        studies_found=len(studies),
-        studies=sum(p["studies"] for p in parts),
-        scans=sum(p["scans"] for p in parts),
-        shards=0,
-        bytes=0,
-        rejected=rejected,
-        noted=noted,
-        reports=sum(bool(s.sentences) for s in studies),
-        labelled=sum(bool(s.labels) for s in studies),
-        unread={r.path: r.detail for r in found if r.reason == "unread-columns"},
-        seconds=0.0,
-        report=None,
-    )
-
-
-def _write_report(
-    out: Path,
-    arguments: dict[str, Any],
-    studies: Sequence[scan.RawStudy],
-    found: Sequence[scan.Reject],
-    parts: list[dict[str, Any]],
-) -> Summary:
-    """`prep_report.json`: the same bytes whether the run was straight or resumed."""
-    written = shards.sidecars(out)
-    summary = dataclasses.replace(
-        _summary(studies, found, parts),
-        shards=len(written),
-        bytes=sum(s["bytes"] for s in written),
-        report=out / REPORT,
-    )
-    rejected, noted = summary.rejected, summary.noted
-    rejects = [dataclasses.asdict(r) for r in found if r.reason not in scan.KEPT]
-    notes = [dataclasses.asdict(r) for r in found if r.reason in scan.KEPT]
-    counts = {k: getattr(summary, k) for k in ("studies_found", "studies", "scans", "shards", "bytes")}
-    content = {
-        "schema": 1,
-        "name": arguments["name"],
-        "recipe": arguments["recipe"]["name"],
-        "counts": {**counts, "rejected": dict(sorted(rejected.items())), "noted": dict(sorted(noted.items()))},
-        "reasons": {reason: REASONS.get(reason, "") for reason in sorted({*rejected, *noted})},
-        "rejects": rejects + [r for part in parts for r in part["rejects"]],
-        "notes": notes + [n for part in parts for n in part["notes"]],
-    }
-    write_file(summary.report, (json.dumps(content, indent=1) + "\n").encode())
-    return summary
+    return Converted(None, 0, [dataclasses.asdict(scan.Reject(study.key, reason, detail, "study", files))], [], [])

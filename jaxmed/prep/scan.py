@@ -60,6 +60,13 @@ REASONS = {
     "localizer": "a scout or localizer",
     "colour-image": "colour pixels; scans are grey",
     "palette-image": "palette colour pixels; scans are grey",
+    # radiographs (`ReadOptions.projections`)
+    "not-a-radiograph": "a volume; the recipe takes single projection images",
+    "multi-frame": "a cine or several frames; radiographs are single images",
+    "too-small": "fewer pixels on a side than --read.min_side",
+    "too-deep": "values that 16 bits do not hold",
+    "blank": "hardly any different grey values: no exposure, or a drawing",
+    "duplicate-image": "another file holds the same image (SOPInstanceUID); the first one is kept",
     "bids-derivative": "inside the derivatives folder of a BIDS tree",
     # scans that cannot be used
     "truncated-pixel-data": "fewer pixels than the header promises",
@@ -82,6 +89,13 @@ REASONS = {
     "order-from-numbers": "positions are absent; slices are ordered by their instance numbers",
     "non-finite": "NaN or infinite voxels set to 0",
     "no-meta-header": "the DICOM preamble or file meta is missing; the syntax was guessed",
+    # suspicions about radiographs that are kept
+    "photometric-disagreement": "PresentationLUTShape and the photometric interpretation contradict; the latter counts",
+    "looks-inverted": "bright around a dark middle: perhaps inverted",
+    "clipped": "much of the picture is black or white: perhaps a wrong window",
+    "low-contrast": "nearly one grey value where the picture should be",
+    "burnt-in-text": "text in the pixels, by the header or by shapes like letters: look before you pass the data on",
+    "duplicate-pixels": "the same pixels as another image",
     # the manifest
     "row-without-study": "a manifest row that matches no study",
     "study-without-row": "a study that no manifest row matches",
@@ -128,7 +142,7 @@ class RawScan:
 class RawSeries:
     """Files that are read together; for NIfTI and NRRD one file."""
 
-    kind: str  # "dicom", "nifti" or "nrrd"
+    kind: str  # "dicom", "nifti", "nrrd" or "picture" (PNG, JPEG)
     files: tuple[FileRef, ...]  # in the order found; stacking orders them by position
     key: str  # salted hash
     # From a manifest, for NIfTI and NRRD: replace what the file's header says. None = as the header has it.
@@ -146,6 +160,7 @@ class RawStudy:
     sentences: list[str] = dataclasses.field(default_factory=list)
     labels: dict[str, float] = dataclasses.field(default_factory=dict)
     split: str = ""  # "" = the manifest says nothing
+    region: str = ""  # of a radiograph, see `regions`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +175,10 @@ class ReadOptions:
       planar: keep projection radiographs as scans with one slice.
       require_geometry: reject images without position and orientation; False keeps them with identity orientation.
       localizers: keep scouts and localizers.
+      projections: every file is one radiograph, kept as it was stored (see `radiographs.read`), and a record of its
+        own; PNG and JPEG count too. All of the above but `localizers` mean nothing then.
+      secondary: keep radiographs whose image type says that they are secondary.
+      min_side: radiographs with fewer pixels on a side are rejected.
     """
 
     max_missing: int = 2
@@ -169,6 +188,9 @@ class ReadOptions:
     planar: bool = True
     require_geometry: bool = True
     localizers: bool = False
+    projections: bool = False
+    secondary: bool = False
+    min_side: int = 64
 
 
 def salted_hash(salt: str, *parts: str) -> str:
@@ -188,9 +210,12 @@ def read_scans(series: RawSeries, options: ReadOptions = ReadOptions()) -> tuple
     normal), `thickness` (mm), `spacing` (3 mm, order d h w), `uniform` (bool: nothing was resampled or interpolated),
     `filled` (slices interpolated), `photometric`, `syntax` (transfer syntax keyword), `bits`, `volume` (index of a time
     or diffusion point), `b_value`, `echo`, `orientation` ("axial", "coronal", "sagittal", "oblique"), `units` ("HU" or
-    ""), `body` (a token), `contrast` (bool), `planar` (bool), `from_manifest` ("rescale", "spacing" or both).
+    ""), `body` (a token), `contrast` (bool), `planar` (bool), `from_manifest` ("rescale", "spacing" or both); those of
+    radiographs are in `radiographs.read`.
     """
-    from jaxmed.prep import dicom, volumes  # they are built on this module
+    from jaxmed.prep import dicom, radiographs, volumes  # they are built on this module
 
+    if options.projections:
+        return radiographs.read(series, options)
     read = dicom.read if series.kind == "dicom" else volumes.read
     return read(series, options)

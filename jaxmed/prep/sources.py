@@ -8,6 +8,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,10 @@ def find(name: str, options: dict[str, Any], salt: str) -> tuple[list[RawStudy],
         key, patient = salted_hash(salt, "study", name, str(key)), salted_hash(salt, "patient", str(patient))
         # One series per scan, for the size of shards and for the places in the report.
         series = [RawSeries(name, (FileRef("", "", f"{name}:{key}"),), key)] * int(dataset.index["scans"][i])
-        studies.append(SourceStudy(key, patient, series, source=name, options=text, id=i))
+        found = {c[6:]: float(v[i]) for c, v in dataset.index.items() if c.startswith("label/")}
+        labels = {c: v for c, v in found.items() if not math.isnan(v)}
+        split = str(dataset.index["split"][i]) if "split" in dataset.index else ""
+        studies.append(SourceStudy(key, patient, series, [], labels, split, source=name, options=text, id=i))
     content = hashlib.sha256(f"{text}{dataset.fingerprint}".encode()).hexdigest()
     return sorted(studies, key=lambda s: s.key), content
 

@@ -23,7 +23,7 @@ def kind_of(name: str) -> str:
 
 def stem(name: str) -> str:
     """The file's name without folder and endings."""
-    return re.sub(r"\.(gz|nii|hdr|nrrd|nhdr)\b", "", re.split(r"[\\/]", name)[-1], flags=re.I)
+    return re.sub(r"\.(gz|nii|hdr|nrrd|nhdr|dcm|dicom|png|jpe?g)\b", "", re.split(r"[\\/]", name)[-1], flags=re.I)
 
 
 def check(ref: FileRef) -> None:

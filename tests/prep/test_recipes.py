@@ -8,7 +8,7 @@ import pytest
 
 from jaxmed.core.errors import UserError
 from jaxmed.data import ops
-from jaxmed.prep import recipes, text
+from jaxmed.prep import recipes, regions, splits, text
 from jaxmed.prep.convert import parse_split, split_of
 from jaxmed.prep.run import plan_shards
 from jaxmed.prep.scan import FileRef, RawScan, RawSeries, RawStudy
@@ -235,3 +235,50 @@ def test_plan_of_shards():
     sizes = [sum(len(studies[i].series) for i in r) for r in plan_shards(studies, recipe, shard_mb=8)]
     assert max(sizes[:-1]) <= 9 and min(sizes[:-1]) >= 7  # 7 scans of 48x224x224, packed to a half, are 8 MB
     assert plan_shards([], recipe, shard_mb=8) == []
+
+
+def test_stratified_split():
+    rng = np.random.default_rng(0)
+    studies = []
+    for p in range(400):
+        rare = p % 50 == 0
+        labels = {"rare": float(rare), "common": float(p % 3 == 0)} if p % 4 else {}
+        for i in range(1 + int(rng.integers(4))):
+            region = ("knee", "hand", "skull")[min(p % 40, 2)]
+            studies.append(RawStudy(f"k{p}-{i}", f"p{p}", [], labels=dict(labels), region=region))
+    shares = parse_split("train=0.8075,val=0.0425,test=0.15")
+    splits.stratified(studies, shares, 42)
+    patients = {s.patient: s.split for s in studies}
+    assert all(patients[s.patient] == s.split for s in studies)
+    counts = {name: list(patients.values()).count(name) for name, _ in shares}
+    assert counts == {"train": 323, "val": 17, "test": 60}
+    for name in ("knee", "skull"):
+        own = {s.patient: s.split for s in studies if s.region == name}
+        assert abs(list(own.values()).count("test") / len(own) - 0.15) < 0.06
+    again = [RawStudy(s.key, s.patient, [], labels=s.labels, region=s.region) for s in reversed(studies)]
+    splits.stratified(again, shares, 42)
+    assert {s.key: s.split for s in again} == {s.key: s.split for s in studies}
+    splits.stratified(again := [RawStudy(s.key, s.patient, []) for s in studies], shares, 7)
+    assert {s.key: s.split for s in again} != {s.key: s.split for s in studies}
+    # What a manifest says stays, and the patient's other images follow.
+    given = [RawStudy("a", "p", [], split="test"), RawStudy("b", "p", []), RawStudy("c", "q", [])]
+    splits.stratified(given, shares, 0)
+    assert [s.split for s in given] == ["test", "test", "train"]
+    with pytest.raises(UserError, match="one patient"):
+        splits.stratified([RawStudy("a", "p", [], split="test"), RawStudy("b", "p", [], split="train")], shares, 0)
+
+
+def test_regions_and_views():
+    words = (
+        "Knie li.=knee|KNEE=knee|C SPINE=cspine|HWS=cspine|TSPINE=tspine|L-SPINE=lspine|Handgelenk re=wrist|HAND=hand"
+    )
+    words += "|Sprunggelenk=ankle|Ellenbogen=elbow|Fuß=foot|Schlüsselbein=clavicle|Wirbelsäule=spine|CHEST=chest"
+    words += (
+        "|Rippen=ribs|Hüfte=hip|Schulterblatt=scapula|LOWER LEG=lowerleg|TIB FIB=lowerleg|Schädel=skull|LEG=extremity"
+    )
+    words += "|Unterkiefer=jaw|épaule=shoulder|TOES=toe|Mickey Mouse=|=|THUMB=finger|PELVIS=pelvis"
+    for pair in words.split("|"):
+        text, _, token = pair.partition("=")
+        assert regions.region(text) == token, text
+    assert [regions.view(v) for v in ("ap", "Lateral", "L.L.", "Mr Smith", "")] == ["AP", "LAT", "LL", "", ""]
+    assert [regions.side(v) for v in ("l", "R", "U", "")] == ["L", "R", "", ""]

@@ -250,7 +250,7 @@ def make(
     recipe |= {"counts": counts, "shard_records": shard_records, "config": dataclasses.asdict(config)}
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     dir = Path(dir)
-    if not _begin(dir, recipe):
+    if not begin(dir, recipe):
         print(f"{dir}: {sum(counts.values())} phantom studies are there already")
         print(describe(dir))
         return dir
@@ -283,8 +283,12 @@ def make(
     return dir
 
 
-def _begin(dir: Path, recipe: dict[str, Any]) -> bool:
-    """False if `dir` already holds the dataset of `recipe`; refuses a folder with anything else in it."""
+def begin(dir: Path, recipe: dict[str, Any]) -> bool:
+    """False if `dir` already holds the dataset of `recipe`, else True; refuses a folder with anything else in it.
+
+    Raises:
+      UserError: `dir` holds another dataset, or cannot be made.
+    """
     note = dir / "phantom.json"  # what the shards of an unfinished run are made of
     if (dir / shards.MANIFEST).exists():
         found = shards.open_dataset(dir).manifest["recipe"]
