@@ -54,16 +54,21 @@ def params(case) -> dict:
     return jax.tree.map(jnp.asarray, port.to_jaxmed(case.param))
 
 
-def rows(images: list[np.ndarray], patch: int, n: int = 0) -> dict:
-    """A batch of images (c, h, w), zero-padded to the patch and to n patches."""
-    grids = [tuple(-(-s // patch) for s in x.shape[1:]) for x in images]
+def rows(images: list[np.ndarray], patch: int, noise: list[np.ndarray], n: int = 0, blank: int = 0) -> dict:
+    """A batch of images (c, h, w), zero-padded to the patch and to n patches, and of blank rows."""
+    grids = [tuple(-(-s // patch) for s in x.shape[1:]) for x in images] + [(0, 0)] * blank
     n = max(n, *(h * w for h, w in grids))
-    patches = np.zeros((len(images), n, patch * patch * images[0].shape[0]), np.float32)
+    patches = np.zeros((len(grids), n, patch * patch * images[0].shape[0]), np.float32)
+    noises = np.full((len(grids), n), 0.5, np.float32)
+    for row, own in zip(noises, noise):
+        row[: len(own)] = own
     for row, x, (h, w) in zip(patches, images, grids):
         padded = np.zeros((1, h * patch, w * patch, x.shape[0]), np.float32)
         padded[0, : x.shape[1], : x.shape[2]] = x.transpose(1, 2, 0)
         row[: h * w] = cut_patches(padded, patch)[0]
-    return {"patch": jnp.asarray(patches), "grid": jnp.asarray(grids), "_mask": jnp.ones(len(images))}
+    batch = {"patch": patches, "grid": np.array(grids), "noise": noises}
+    batch["_mask"] = np.array([1.0] * len(images) + [0.0] * blank, np.float32)
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def objective(module, model: dict, batch: dict, **options):
@@ -82,7 +87,7 @@ def published(prefix: str, weights, layout: str = "hf4") -> dict:
     return {f"{prefix}/{k}": x for k, x in port.to_published(weights, layout=layout).items()}
 
 
-def losses(prediction, out, *, norm_pix: bool, **options) -> dict:
+def losses(prediction, out, *, norm_pix: bool) -> dict:
     """The losses that the files name, of one prediction."""
     given = (prediction, out, out["valid"])
     return {
@@ -104,7 +109,7 @@ def one_grid(case) -> dict:
     """A batch of images of one size: every intermediate, both losses, gradients."""
     config, weights = case.config, params(case)
     model = autoencoder(config)
-    batch = {**rows(list(case.input["pixels"]), config["patch_size"]), "noise": jnp.asarray(case.input["noise"])}
+    batch = rows(list(case.input["pixels"]), config["patch_size"], list(case.input["noise"]))
     norm_pix = config.get("norm_pix_loss", False)
     prediction, out = forward(case, model, weights, batch)
     grid = tuple(int(x) for x in batch["grid"][0])
@@ -169,11 +174,8 @@ def many_sizes(case) -> dict:
     config, weights = case.config, params(case)
     count, norm_pix = config["n_images"], config.get("norm_pix_loss", False)
     model = autoencoder(config)
-    batch = rows([case.input[f"pixels_{i}"] for i in range(count)], config["patch_size"], n=70)
-    noise = np.full(batch["patch"].shape[:2], 0.5, np.float32)
-    for i in range(count):
-        noise[i, : len(case.input[f"noise_{i}"])] = case.input[f"noise_{i}"]
-    batch["noise"] = jnp.asarray(noise)
+    noise = [case.input[f"noise_{i}"] for i in range(count)]
+    batch = rows([case.input[f"pixels_{i}"] for i in range(count)], config["patch_size"], noise, n=70)
     prediction, out = forward(case, model, weights, batch)
     sizes = [int(h * w) for h, w in np.asarray(batch["grid"])]
     kept = token_rows.keep_counts(config["mask_ratio"], max(sizes))
@@ -184,13 +186,13 @@ def many_sizes(case) -> dict:
         own |= {"mask": out["mask"][i, :n], "ids_restore": out["rank"][i, :n], "logits": prediction[i, :n]}
         own["latent"] = out["latent"][i, : 1 + kept[n]]
         produced |= {f"output/{k}_{i}": x for k, x in own.items()}
-    for name, loss in (("token_mean", "token_mean"), ("image_mean", "image_mean"), ("full_pixel_mean", "full")):
+    for name, loss in (("image_mean", "image_mean"), ("full_pixel_mean", "full")):
         normed = norm_pix and loss != "full"
-        goal = objective(mae, model, batch, loss=loss, norm_pix=normed)
-        value, grads = jax.jit(lambda p, b, goal=goal: gradients(goal, p, b))(weights, batch)
+        value = mae.reconstruction_loss(prediction, out, out["valid"], loss=loss, norm_pix=normed)
         produced[f"output/loss_{name}"] = value
-        if loss == "token_mean":
-            produced |= published("grad", grads)
+    goal = objective(mae, model, batch, norm_pix=norm_pix)
+    produced["output/loss_token_mean"], grads = jax.jit(lambda p, b: gradients(goal, p, b))(weights, batch)
+    produced |= published("grad", grads)
     return case.pick(produced)
 
 
@@ -198,7 +200,7 @@ def original(case) -> dict:
     """The original MAE's names, and its norms' epsilon."""
     config = {**case.config, "layer_norm_eps": 1e-6}
     weights, model = params(case), autoencoder(config)
-    batch = {**rows(list(case.input["pixels"]), config["patch_size"]), "noise": jnp.asarray(case.input["noise"])}
+    batch = rows(list(case.input["pixels"]), config["patch_size"], list(case.input["noise"]))
     prediction, out = forward(case, model, weights, batch)
     goal = objective(mae, model, batch, norm_pix=config["norm_pix_loss"])
     loss, grads = jax.jit(lambda p, b: gradients(goal, p, b))(weights, batch)
@@ -210,7 +212,7 @@ def original(case) -> dict:
 def classifier(case) -> dict:
     config, weights = case.config, params(case)
     model = fields(config, name="vit", classes=config["num_labels"])
-    batch = rows(list(case.input["pixels"]), config["patch_size"])
+    batch = rows(list(case.input["pixels"]), config["patch_size"], [])
     batch["label"] = jnp.asarray(case.input["labels"], jnp.float32)[:, None]
     net = mae.load_model("config.model", model)
     logits, out = jax.jit(lambda p: net.apply({"params": p}, batch["patch"], batch["grid"]))(weights)
@@ -221,12 +223,17 @@ def classifier(case) -> dict:
 
 
 def steps(case) -> dict:
-    """Optimiser steps, each of several microbatches of different shape that weigh the same."""
+    """Optimiser steps, each of several microbatches of different size that weigh the same."""
     config, weights = case.config, params(case)
     parts, k = [], config["accumulate"]
+    most = (
+        max(np.prod(x.shape[2:]) for n, x in case.input.items() if n.startswith("pixels")) // config["patch_size"] ** 2
+    )
+    widest = max(len(x) for n, x in case.input.items() if n.startswith("pixels"))
     for i in range(config["opt_steps"] * k):
-        batch = rows(list(case.input[f"pixels_{i}"]), config["patch_size"])
-        parts.append({**batch, "noise": jnp.asarray(case.input[f"noise_{i}"])})
+        images, noise = (list(case.input[f"{n}_{i}"]) for n in ("pixels", "noise"))
+        # One shape for all: padding changes nothing.
+        parts.append(rows(images, config["patch_size"], noise, n=most, blank=widest - len(images)))
     goal = objective(mae, autoencoder(config), parts[0], loss="full")
     rates = optim.schedule(
         "cosine_floor_published",
