@@ -161,6 +161,14 @@ def test_packed_rows(block, monkeypatch):
         np.testing.assert_allclose(got, ref, atol=1e-6)
 
 
+def test_packed_rows_in_the_kernel(run):
+    ids, there = rows_of_images(None, (5, 12, 1, 9), 37)
+    q, k, v = (np.random.default_rng(i).standard_normal((1, 37, 2, 16), dtype=np.float32) for i in range(3))
+    keep = ((ids[:, None] == ids) & there[:, None] & there)[None]
+    out = jax.jit(functools.partial(run, impl="flash_tpu"))(q, k, v, mask=there[None], segment_ids=ids[None])
+    np.testing.assert_allclose(out, naive(q, k, v, keep), atol=3e-6)
+
+
 def test_packed_rows_skip_blocks():
     sizes, n = (100, 60, 300, 20), 640
     ids, there = rows_of_images(None, sizes, n)

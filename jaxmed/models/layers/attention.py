@@ -63,8 +63,9 @@ def attend(
     Args:
       mask: 1 = this key may be seen; by key (b m), or by query and key (b n m; not with "flash_tpu").
       lengths: keys from this one on are padding.
-      segment_ids: queries see only keys of their own segment (self-attention: n = m). "segments" (which "auto" picks
-        but on TPUs) needs them in ascending order, and what `mask` leaves out (as query too) at the end of the row.
+      segment_ids: queries see only keys of their own segment (self-attention: n = m). With "flash_tpu" and "segments"
+        (one of which "auto" picks) what `mask` leaves out gives zeros as a query too; "segments" needs ids in ascending
+        order and what is left out at the end of the row.
       impl: "xla" and "chunked" (no matrix of weights is kept; slower where it would fit) everywhere; "cudnn" on NVIDIA
         GPUs in 16 bit; "flash_tpu" on TPUs; "segments" everywhere, for packed rows (see `layers.packed`); "auto" picks.
 
@@ -86,6 +87,8 @@ def attend(
         return _segments(q, k, v, by_key, segment_ids)
     if impl == "flash_tpu":
         out = _flash_tpu(q, k, v, by_key, segment_ids)
+        if segment_ids is not None:  # what is there sees itself: no mask of pairs is needed to tell
+            return out if by_key is None else jnp.where(by_key[:, :, None, None], out, jnp.zeros((), out.dtype))
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         pairs = same if pairs is None else pairs & same
