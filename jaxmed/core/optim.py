@@ -39,8 +39,6 @@ def schedule(
         raise UserError(f"schedule.name: {name!r} is not one of {', '.join(SCHEDULES)}")
     if floor and not name.startswith("cosine_floor"):
         raise UserError(f"schedule.floor={floor}: {name!r} has none; use 'cosine_floor'")
-    if not floor <= lr:
-        raise UserError(f"schedule.floor={floor} is above schedule.lr={lr}")
     for field, value in (
         ("lr", lr),
         ("floor", floor),
@@ -49,6 +47,8 @@ def schedule(
     ):
         if not value >= 0:
             raise UserError(f"schedule.{field}={value}: give a number of at least 0")
+    if not floor <= lr:
+        raise UserError(f"schedule.floor={floor} is above schedule.lr={lr}")
     if warmup_steps + cooldown_steps > total_steps > 0:
         raise UserError(
             f"schedule: warm-up ({warmup_steps}) and cool-down ({cooldown_steps}) steps are more than "
