@@ -1,6 +1,7 @@
 """`python -m jaxmed.port`: published weights there and back, starts from 2D and BERT, and `init_from`."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from jaxmed import port, predict_model, predict_prompts, predict_studies
 from jaxmed.core import checkpoint, tree, weights
@@ -16,9 +16,9 @@ from jaxmed.core.errors import UserError
 from jaxmed.models import two_towers
 from jaxmed.ports import hlip, hlip_model, torch_files
 from jaxmed.prep import recipes
+from tests.ports import command
 
 FILES = Path(__file__).parent / "files"
-GOLDENS = Path(__file__).parents[1] / "goldens" / "hlip"
 # What the shapes of these goldens do not show.
 UNSEEN = {
     "clip_step_multiscan_h2": "--levels=scan,study --heads=2 --model.text.heads=3",
@@ -29,34 +29,7 @@ UNSEEN = {
 }
 
 
-def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Published parameters of a golden, and its other tensors."""
-    with safe_open(GOLDENS / f"{name}.safetensors", framework="np") as f:
-        every = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-    params = {k.removeprefix("param/"): x for k, x in every.items() if k.startswith("param/")}
-    return params, {k: x for k, x in every.items() if not k.startswith("param/")}
-
-
-def run(capsys, *args: str) -> str:
-    """The command in this process, which must succeed; what it printed."""
-    code = port.main(["--system=hlip", *(word for a in args for word in str(a).split())])
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    return printed.out
-
-
-def fails(capsys, *args: str) -> str:
-    code = port.main(["--system=hlip", *(word for a in args for word in str(a).split())])
-    error = capsys.readouterr().err
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
-def same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for k, x in a.items():
-        assert b[k].dtype == x.dtype, k
-        np.testing.assert_array_equal(b[k], x, err_msg=k)
+golden, run, fails = (partial(f, "hlip") for f in (command.golden, command.run, command.fails))
 
 
 class TestThereAndBack:
@@ -73,8 +46,8 @@ class TestThereAndBack:
         ).read_bytes()
         run(capsys, f"--src={tmp_path}/pt --out={tmp_path}/b.pt --back")
         run(capsys, f"--src={tmp_path}/pt/params.safetensors --out={tmp_path}/b.safetensors --back")
-        same(published, torch_files.read(tmp_path / "b.pt").tensors | {})
-        same(published, {k: weights.read(tmp_path / "b.safetensors")[k] for k in published})
+        command.same(published, torch_files.read(tmp_path / "b.pt").tensors | {})
+        command.same(published, {k: weights.read(tmp_path / "b.safetensors")[k] for k in published})
         report = json.loads((tmp_path / "pt/port_report.json").read_text())
         assert {r["published"] for r in report["matched"]} == {f"module.{k}" for k in published}
         assert report["sources"]["src"]["file"] == "a.pt" and len(report["sources"]["src"]["sha256"]) == 64
@@ -108,7 +81,7 @@ class TestThereAndBack:
         printed = run(capsys, f"--src={folder} --out={tmp_path}/o", UNSEEN["clip_step_multiscan_h2"])
         assert "ignored: model.text.transformer.embeddings.position_ids" in printed
         run(capsys, f"--src={tmp_path}/o --out={tmp_path}/b.safetensors --back")
-        same(half, {k: weights.read(tmp_path / "b.safetensors")[k] for k in half})
+        command.same(half, {k: weights.read(tmp_path / "b.safetensors")[k] for k in half})
 
     def test_back_from_a_workdir(self, tmp_path, capsys):
         published, _ = golden("dual_step")
@@ -117,7 +90,7 @@ class TestThereAndBack:
             c.save(7, {"params": params, "step": jnp.int32(7)}, {})
         for place in ("run", "run/checkpoints/7"):
             run(capsys, f"--src={tmp_path}/{place} --out={tmp_path}/b.pt --back")
-            same(published, {k: torch_files.read(tmp_path / "b.pt").tensors[k] for k in published})
+            command.same(published, {k: torch_files.read(tmp_path / "b.pt").tensors[k] for k in published})
 
     def test_misfits_name_tensor_and_shapes(self, tmp_path, capsys):
         published, _ = golden("clip_step_multiscan_h2")
@@ -345,7 +318,7 @@ class TestStart:
         assert "fresh: image/head/kernel, image/sequential_posemb, logit_scale, text/proj/kernel" in printed
         assert "CC-BY-NC" in printed
         ours, again = (weights.read(tmp_path / f"{i}/params.safetensors") for i in range(2))
-        same(ours, again)
+        command.same(ours, again)
         expected = {k.removeprefix("output/resized/"): x for k, x in case.items() if k.startswith("output/resized/")}
         state = hlip.to_published(tree.unflatten(ours))
         for k in ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias", "spatial_posemb"):
@@ -402,7 +375,7 @@ class TestInitFrom:
             assert left == ["head/kernel"] and "text" not in got
             np.testing.assert_array_equal(got["head"]["kernel"], np.ones((8, 5), np.float32))
             np.testing.assert_array_equal(got["image"]["kernel"], other["image"]["kernel"])
-        same({k: np.asarray(x) for k, x in tree.flatten(other).items()}, checkpoint.load_params(sources[0]))
+        command.same({k: np.asarray(x) for k, x in tree.flatten(other).items()}, checkpoint.load_params(sources[0]))
 
     def test_strict_otherwise(self, sources):
         mine = made(2)

@@ -1,22 +1,20 @@
 """Masked autoencoders and classifiers in every published layout: there and back, and changed to fit other images."""
 
 import json
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
 
-from jaxmed import port
 from jaxmed.core import checkpoint, tree, weights
 from jaxmed.core.errors import UserError
 from jaxmed.core.load import load_model
 from jaxmed.models.layers.patch_embed import cut_patches
 from jaxmed.ports import radiograph_mae, radiograph_mae_model, torch_files, vit_names
+from tests.ports import command
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "radiograph_mae"
 # What the shapes of the goldens do not show.
 HEADS = "--heads=4 --decoder-heads=3"
 ORIGINAL_HEADS = "--heads=3 --decoder-heads=2"
@@ -66,32 +64,7 @@ NAMES = {
 }
 
 
-def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Published parameters of a golden, and its other tensors."""
-    with safe_open(GOLDENS / f"{name}.safetensors", framework="np") as f:
-        every = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-    params = {k.removeprefix("param/"): x for k, x in every.items() if k.startswith("param/")}
-    return params, {k: x for k, x in every.items() if not k.startswith("param/")}
-
-
-def run(capsys, *args: str) -> str:
-    code = port.main(["--system=radiograph_mae", *(word for a in args for word in str(a).split())])
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    return printed.out
-
-
-def fails(capsys, *args: str) -> str:
-    code = port.main(["--system=radiograph_mae", *(word for a in args for word in str(a).split())])
-    error = capsys.readouterr().err
-    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
-def same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for k, x in a.items():
-        np.testing.assert_array_equal(b[k], x, err_msg=k)
+golden, run, fails = (partial(f, "radiograph_mae") for f in (command.golden, command.run, command.fails))
 
 
 @pytest.mark.parametrize("wrapper", ["", "net.", "net._orig_mod.", "mae_model.", "module.model."])
@@ -102,24 +75,24 @@ def test_every_layout_and_wrapper_is_exact(layout, wrapper):
     there = radiograph_mae.to_published(params, layout=layout, wrapper=wrapper)
     bare = {k.removeprefix(wrapper) for k in there}
     assert len(bare) == len(there) and NAMES[layout] <= bare
-    same(tree.flatten(params), tree.flatten(radiograph_mae.to_jaxmed(there)))
+    command.same(tree.flatten(params), tree.flatten(radiograph_mae.to_jaxmed(there)))
     flat, names = radiograph_mae.convert(there)
     assert set(names.matched) == set(there) and set(names.matched.values()) == set(flat)
-    same(published, radiograph_mae.to_published(radiograph_mae.to_jaxmed(there)))
+    command.same(published, radiograph_mae.to_published(radiograph_mae.to_jaxmed(there)))
 
 
 def test_classifier_and_encoder_alone():
     published, _ = golden("vit_classifier_rect")
     flat, names = radiograph_mae.convert({**published, "pooler.dense.weight": np.zeros((2, 2))})
     assert names.ignored == ["pooler.dense.weight"] and flat["head/kernel"].shape == (32, 14)
-    same(published, radiograph_mae.to_published(tree.unflatten(flat)))
+    command.same(published, radiograph_mae.to_published(tree.unflatten(flat)))
     # Saved without the class around it.
     bare = {k.removeprefix("vit."): x for k, x in published.items()}
-    same(flat, radiograph_mae.convert(bare)[0])
+    command.same(flat, radiograph_mae.convert(bare)[0])
     for layout in vit_names.LAYOUTS:
         again = radiograph_mae.to_published(tree.unflatten(flat), layout=layout)
         assert ("head.weight" if layout == "original" else "classifier.weight") in again
-        same(flat, radiograph_mae.convert(again)[0])
+        command.same(flat, radiograph_mae.convert(again)[0])
 
 
 def test_command_there_and_back(tmp_path, capsys):
@@ -130,7 +103,7 @@ def test_command_there_and_back(tmp_path, capsys):
     about = json.loads((tmp_path / "o/model.json").read_text())
     assert about["objective"] == {"name": "mae"} and about["model"]["norm_eps"] == 1e-6
     run(capsys, f"--src={tmp_path}/o --out={tmp_path}/b.safetensors --back --layout=original")
-    same(published, {k: weights.read(tmp_path / "b.safetensors")[k] for k in published})
+    command.same(published, {k: weights.read(tmp_path / "b.safetensors")[k] for k in published})
     run(capsys, f"--src={tmp_path}/o --out={tmp_path}/l.pt --back --layout=hf5 --wrapper=net.")
     lightning = torch_files.read(tmp_path / "l.pt").tensors
     assert "net.decoder.decoder_layers.0.attention.v_proj.weight" in lightning
@@ -148,7 +121,9 @@ def test_command_there_and_back(tmp_path, capsys):
     torch_files.write(tmp_path / "run.ckpt", {k: np.array(x) for k, x in state.items()})
     printed = run(capsys, f"--src={tmp_path}/run.ckpt --out={tmp_path}/p", ORIGINAL_HEADS)
     assert "norm_eps=1e-12" in printed
-    same(weights.read(tmp_path / "o/params.safetensors") | {}, weights.read(tmp_path / "p/params.safetensors") | {})
+    command.same(
+        weights.read(tmp_path / "o/params.safetensors") | {}, weights.read(tmp_path / "p/params.safetensors") | {}
+    )
 
 
 def test_encoder_only_becomes_autoencoder_or_classifier(tmp_path, capsys):

@@ -14,24 +14,20 @@ import hashlib
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import threadpoolctl
-from tqdm import tqdm
 
 from jaxmed.core.command import exit_code
-from jaxmed.core.errors import UserError
-from jaxmed.core.files import write_file
 from jaxmed.core.metrics import table
 from jaxmed.core.rng import np_rng
 from jaxmed.data import shards
 from jaxmed.data.record import encode
 from jaxmed.data.sources import phantom_anatomy as anatomy
 from jaxmed.data.sources import phantom_imaging as imaging
+from jaxmed.data.sources import phantom_shards
 from jaxmed.data.sources import phantom_words as words
 
 VERSION = 2  # of what is drawn; part of the recipe, so that old folders are made again
@@ -239,82 +235,28 @@ def make(
     Raises:
       UserError: `dir` holds something else, or a field is unknown.
     """
-    known = {f.name for f in dataclasses.fields(Config)}
-    if unknown := sorted(set(cfg) - known):
-        raise UserError(f"source.{unknown[0]} is not an option of the phantom; it has {', '.join(sorted(known))}")
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()})
-    counts = {"train": train, "val": val, "test": test}
-    if min(counts.values()) < 0 or sum(counts.values()) == 0:
-        raise UserError(f"source.train/val/test={tuple(counts.values())}: give the number of subjects of each split")
+    config = phantom_shards.options(Config, cfg)
+    counts = phantom_shards.counts(train, val, test, "subjects")
     recipe = {"name": "phantom", "synthetic": True, "version": VERSION, "seed": seed, "value_range": [0, 255]}
     recipe |= {"counts": counts, "shard_records": shard_records, "config": dataclasses.asdict(config)}
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     dir = Path(dir)
-    if not begin(dir, recipe):
+    if not phantom_shards.begin(dir, recipe):
         print(f"{dir}: {sum(counts.values())} phantom studies are there already")
         print(describe(dir))
         return dir
 
     seeds = [(name, (seed, k, i)) for k, name in enumerate(SPLITS) for i in range(counts[name])]
     parts = [seeds[i : i + shard_records] for i in range(0, len(seeds), shard_records)]
-    done = {s["file"] for s in shards.sidecars(dir)}
-    todo = [i for i in range(len(parts)) if shards.shard_name(i) not in done]
-    anatomy.template()  # once, before the threads ask for it
-    progress = tqdm(
-        total=len(seeds), initial=len(seeds) - sum(len(parts[i]) for i in todo), unit="study", mininterval=2
-    )
-    progress.set_description("making phantom studies")
 
     def one(item):
         split, key = item
         study = subject(key, config)
-        return encode({**study, "split": split})
+        return [encode({**study, "split": split})]
 
-    # numpy lets go of the interpreter while it works, so threads are enough; BLAS threads on top would only get in
-    # their way.
-    with threadpoolctl.threadpool_limits(1), ThreadPoolExecutor(threads or os.cpu_count()) as pool, progress:
-        for i in todo:
-            with shards.ShardWriter(dir, i) as writer:
-                for data in pool.map(one, parts[i]):
-                    writer.add(data)
-                    progress.update()
-    shards.finish(dir, "phantom (synthetic)", recipe, classes=CLASSES)
+    about = {"name": "phantom (synthetic)", "unit": "study", "classes": CLASSES}
+    phantom_shards.write(dir, recipe, parts, one, **about, threads=threads)
     print(describe(dir))
-    return dir
-
-
-def begin(dir: Path, recipe: dict[str, Any]) -> bool:
-    """False if `dir` already holds the dataset of `recipe`, else True; refuses a folder with anything else in it.
-
-    Raises:
-      UserError: `dir` holds another dataset, or cannot be made.
-    """
-    note = dir / "phantom.json"  # what the shards of an unfinished run are made of
-    if (dir / shards.MANIFEST).exists():
-        found = shards.open_dataset(dir).manifest["recipe"]
-        if found == recipe:
-            return False
-    elif note.exists():
-        found = json.loads(note.read_text())
-        if found == recipe:
-            return True
-    elif not dir.exists() or not any(dir.glob("shard-*")):
-        write_file(_made(dir) / note.name, (json.dumps(recipe, indent=1) + "\n").encode())
-        return True
-    else:
-        found = {}
-    different = sorted(k for k in {*found, *recipe} if found.get(k) != recipe.get(k))
-    raise UserError(
-        f"{dir} holds another dataset (its recipe differs in {', '.join(different)}): choose another source.dir, or "
-        "delete the folder if nobody needs it"
-    )
-
-
-def _made(dir: Path) -> Path:
-    try:
-        dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make the folder {dir}: {e.strerror}; choose another source.dir") from None
     return dir
 
 

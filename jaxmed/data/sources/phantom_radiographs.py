@@ -15,26 +15,23 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import threadpoolctl
 from scipy import ndimage
-from tqdm import tqdm
 
 from jaxmed.core.command import exit_code
-from jaxmed.core.errors import UserError
 from jaxmed.core.metrics import table
 from jaxmed.core.rng import np_rng
 from jaxmed.data import shards
 from jaxmed.data.record import encode
 from jaxmed.data.sources import phantom_anatomy as anatomy
 from jaxmed.data.sources import phantom_bones as bones
+from jaxmed.data.sources import phantom_shards
 from jaxmed.data.sources import phantom_xray as xray
-from jaxmed.data.sources.phantom import SPLITS, begin
+from jaxmed.data.sources.phantom import SPLITS
 
 Array = np.ndarray
 
@@ -315,43 +312,26 @@ def make(
     Raises:
       UserError: `dir` holds something else, or a field is unknown.
     """
-    known = {f.name for f in dataclasses.fields(Config)}
-    if unknown := sorted(set(cfg) - known):
-        raise UserError(f"source.{unknown[0]} is not an option of the phantom; it has {', '.join(sorted(known))}")
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()})
-    counts = {"train": train, "val": val, "test": test}
-    if min(counts.values()) < 0 or sum(counts.values()) == 0:
-        raise UserError(f"source.train/val/test={tuple(counts.values())}: give the number of images of each split")
+    config = phantom_shards.options(Config, cfg)
+    counts = phantom_shards.counts(train, val, test, "images")
     recipe = {"name": "phantom_radiographs", "synthetic": True, "version": VERSION, "seed": seed}
     recipe |= {"value_range": [0, 65535], "counts": counts, "shard_records": shard_records}
     recipe = json.loads(json.dumps(recipe | {"config": dataclasses.asdict(config)}))  # as it will be read back
     dir = Path(dir)
-    if not begin(dir, recipe):
+    if not phantom_shards.begin(dir, recipe):
         print(f"{dir}: {sum(counts.values())} phantom radiographs are there already")
         print(describe(dir))
         return dir
     plan = list(_plan(counts, seed, config))
-    parts = [plan[i : i + shard_records] for i in range(0, len(plan), shard_records)]
-    done = {s["file"] for s in shards.sidecars(dir)}
-    todo = [i for i in range(len(parts)) if shards.shard_name(i) not in done]
-    anatomy.template()  # once, before the threads ask for it
-    left = sum(len(parts[i]) for i in todo)
-    progress = tqdm(total=len(plan), initial=len(plan) - left, unit="image", mininterval=2)
-    progress.set_description("making phantom radiographs")
+    parts = [_by_patient(plan[i : i + shard_records]) for i in range(0, len(plan), shard_records)]
 
     def one(item):
         split, key, chosen = item
         studies = patient(key, config)
         return [encode({**studies[i], "split": split}) for i in chosen]
 
-    with threadpoolctl.threadpool_limits(1), ThreadPoolExecutor(threads or os.cpu_count()) as pool, progress:
-        for i in todo:
-            with shards.ShardWriter(dir, i) as writer:
-                for images in pool.map(one, _by_patient(parts[i])):
-                    for data in images:
-                        writer.add(data)
-                    progress.update(len(images))
-    shards.finish(dir, "phantom radiographs (synthetic)", recipe, classes=CLASSES)
+    about = {"name": "phantom radiographs (synthetic)", "unit": "patient", "classes": CLASSES}
+    phantom_shards.write(dir, recipe, parts, one, **about, threads=threads)
     print(describe(dir))
     return dir
 

@@ -13,7 +13,8 @@ from jaxmed.data import intensity
 
 Array = np.ndarray
 
-_GLYPHS = {"L": ("X..", "X..", "X..", "X..", "XXX"), "R": ("XX.", "X.X", "XX.", "X.X", "X.X")}
+# The letters of side markers, in lead.
+_GLYPHS = {"L": ("#..", "#..", "#..", "#..", "###"), "R": ("##.", "#.#", "##.", "#.#", "#.#")}
 
 
 def stored(
@@ -84,7 +85,7 @@ def stored(
 def _mark(rng: np.random.Generator, mass: Array) -> None:
     """A lead letter near a corner."""
     if rng.random() < 0.5:
-        glyph = np.array([[c == "X" for c in row] for row in _GLYPHS["LR"[int(rng.integers(2))]]], np.float32)
+        glyph = np.array([[c == "#" for c in row] for row in _GLYPHS["LR"[int(rng.integers(2))]]], np.float32)
         glyph = glyph.repeat(3, 0).repeat(3, 1)
         r, c = (int(rng.integers(4, max(5, n // 6))) for n in mass.shape)
         r, c = (n - 24 - v if rng.random() < 0.5 else v for n, v in zip(mass.shape, (r, c)))
