@@ -104,8 +104,7 @@ def batch_sizes(
 class Planner(Protocol):
     """What a mode makes of the records, once for all epochs; picklable.
 
-    A module of `MODES` has `fit(sizes, ids, *, buckets, batch_size, budget, multiple_of, drop_remainder, keys,
-    **options of the mode) -> Planner`.
+    A module of `MODES` has `fit(request, *, options of the mode) -> Planner`.
 
     Attributes:
       steady: every epoch has the same number of steps of every bucket, and every record exactly once.
@@ -120,6 +119,19 @@ class Planner(Protocol):
 
 # name -> module of this floor; a name with a dot is a module of your own
 MODES = {"buckets": "plan_buckets", "dbb": "plan_bins", "length": "plan_length", "pack": "plan_pack"}
+
+
+class Request(NamedTuple):
+    """What a mode's `fit` gets beside its own options; see `planner`."""
+
+    sizes: Sizes
+    ids: Int64[np.ndarray, "n"]
+    buckets: Mapping[str, Sequence[int]] | None
+    batch_size: int | None
+    budget: int | None
+    multiple_of: int
+    drop_remainder: bool
+    keys: np.ndarray | None
 
 
 def planner(
@@ -158,24 +170,22 @@ def planner(
     if not len(ids):
         raise UserError("there is no record to plan batches from: check input.dir, input.split and what was left out")
     fit = load("data", MODES.get(mode, mode)).fit
-    common = {"buckets", "batch_size", "budget", "multiple_of", "drop_remainder", "keys"}
-    known = [p.name for p in inspect.signature(fit).parameters.values() if p.kind == p.KEYWORD_ONLY]
-    own = sorted(set(known) - common)
+    own = sorted(p.name for p in inspect.signature(fit).parameters.values() if p.kind == p.KEYWORD_ONLY)
     if unknown := sorted(set(options or ()) - set(own)):
         raise UserError(
             f"input.plan_options.{unknown[0]} is not an option of mode {mode!r}; it has {', '.join(own) or 'none'}"
         )
-    return fit(
-        {axis: np.asarray(column, np.int64) for axis, column in sizes.items()},
-        ids,
+    request = Request(
+        sizes={axis: np.asarray(column, np.int64) for axis, column in sizes.items()},
+        ids=ids,
         buckets=buckets,
         batch_size=batch_size,
         budget=budget,
         multiple_of=multiple_of,
         drop_remainder=drop_remainder,
         keys=keys,
-        **(options or {}),
     )
+    return fit(request, **(options or {}))
 
 
 def epoch_of(planner: Planner, *, seed: int, epoch: int, shuffle: bool = True) -> Plan:

@@ -7,14 +7,14 @@ Buckets are `(("height", H), ("width", W))` in pixels; that of a smaller batch a
 `(("height", H), ("rows", 5), ("width", W))`, because it is compiled for itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxmed.core.errors import UserError
-from jaxmed.data.plan import PAD, Bucket, Sizes, Step, batch_sizes, nothing_left
+from jaxmed.data.plan import PAD, Bucket, Request, Step, batch_sizes, nothing_left
 
 EDGES = (1152, 1536, 1920, 2304, 2688, 3072)
 BATCH_SIZE = 16
@@ -29,24 +29,16 @@ def assign(size: Int[np.ndarray, "n"], edges: Sequence[int]) -> Int[np.ndarray, 
 
 
 def fit(
-    sizes: Sizes,
-    ids: np.ndarray,
+    request: Request,
     *,
-    buckets: Mapping[str, Sequence[int]] | None,
-    batch_size: int | None,
-    budget: int | None,
-    multiple_of: int,
-    drop_remainder: bool,
-    keys: np.ndarray | None,
     memory_probe: str = "none",
 ) -> "Bins":
     """See `plan.planner`.
 
     Args:
-      sizes: with "height" and "width" in pixels.
-      buckets: `{"height": edges, "width": edges}`, by default `EDGES` for both; no edges: every size is its own bin.
-      batch_size: by default `BATCH_SIZE`.
-      drop_remainder: without the smaller batches.
+      request: `sizes` with "height" and "width" in pixels.
+        `buckets`: `{"height": edges, "width": edges}`, by default `EDGES` for both; no edges: every size is its own
+        bin. `batch_size`: by default `BATCH_SIZE`. `drop_remainder`: without the smaller batches.
       memory_probe: whether the first batch is one that needs the most memory. "none"; "first": a whole batch of the
         bin with the most pixels; "reference": as published, from the lexicographically largest bin that fills a batch,
         with its defect: the records of that batch are taken from the pool for ever, once before the first epoch
@@ -57,16 +49,20 @@ def fit(
     """
     if memory_probe not in PROBES:
         raise UserError(f"input.plan_options.memory_probe={memory_probe!r}: use one of {', '.join(PROBES)}")
-    if budget is not None:
-        raise UserError(f"input.budget={budget}: mode 'dbb' has one batch size for all bins; give input.batch_size")
-    buckets = {"height": EDGES, "width": EDGES} if buckets is None else buckets
+    if request.budget is not None:
+        raise UserError(
+            f"input.budget={request.budget}: mode 'dbb' has one batch size for all bins; give input.batch_size"
+        )
+    buckets = {"height": EDGES, "width": EDGES} if request.buckets is None else request.buckets
     if set(buckets) != {"height", "width"} or any(n < 1 for edges in buckets.values() for n in edges):
         raise UserError(f"input.buckets={dict(buckets)!r}: mode 'dbb' needs positive edges for 'height' and 'width'")
     [rows] = batch_sizes(
-        [()], batch_size=BATCH_SIZE if batch_size is None else batch_size, multiple_of=multiple_of
+        [()],
+        batch_size=BATCH_SIZE if request.batch_size is None else request.batch_size,
+        multiple_of=request.multiple_of,
     ).values()
-    bins = np.stack([assign(sizes[axis], buckets[axis]) for axis in ("height", "width")], axis=1)
-    return Bins(ids, bins, rows, multiple_of, drop_remainder, memory_probe)
+    bins = np.stack([assign(request.sizes[axis], buckets[axis]) for axis in ("height", "width")], axis=1)
+    return Bins(request.ids, bins, rows, request.multiple_of, request.drop_remainder, memory_probe)
 
 
 @dataclass(frozen=True)

@@ -3,40 +3,31 @@
 `buckets` is `{axis: allowed sizes}` and the buckets are their product; no batch has more rows than there are records.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxmed.core.errors import UserError
-from jaxmed.data.plan import PAD, Bucket, Sizes, Step, batch_sizes, check_fits, grid, nothing_left
+from jaxmed.data.plan import PAD, Bucket, Request, Sizes, Step, batch_sizes, check_fits, grid, nothing_left
 
 
 def fit(
-    sizes: Sizes,
-    ids: np.ndarray,
-    *,
-    buckets: Mapping[str, Sequence[int]] | None,
-    batch_size: int | None,
-    budget: int | None,
-    multiple_of: int,
-    drop_remainder: bool,
-    keys: np.ndarray | None,
+    request: Request,
 ) -> "Buckets":
     """See `plan.planner`.
 
     Raises:
       UserError: no buckets, or a record that none of them holds.
     """
-    if buckets is None:
+    if request.buckets is None:
         raise UserError("input.buckets is missing: mode 'buckets' needs {axis: sizes}, e.g. scans=(1, 2, 4)")
-    cells = grid(buckets)
-    check_fits(sizes, ids, buckets, keys)
-    rows = batch_sizes(cells, batch_size=batch_size, budget=budget, multiple_of=multiple_of)
-    if not drop_remainder:  # a few studies need no batch of hundreds of rows
-        enough = -(-len(ids) // multiple_of) * multiple_of
+    cells = grid(request.buckets)
+    check_fits(request.sizes, request.ids, request.buckets, request.keys)
+    rows = batch_sizes(cells, batch_size=request.batch_size, budget=request.budget, multiple_of=request.multiple_of)
+    if not request.drop_remainder:  # a few studies need no batch of hundreds of rows
+        enough = -(-len(request.ids) // request.multiple_of) * request.multiple_of
         rows = {cell: min(n, enough) for cell, n in rows.items()}
-    return Buckets(sizes, ids, cells, rows, drop_remainder)
+    return Buckets(request.sizes, request.ids, cells, rows, request.drop_remainder)
 
 
 @dataclass(frozen=True)

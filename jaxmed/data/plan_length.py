@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxmed.core.errors import UserError
-from jaxmed.data.plan import PAD, Sizes, Step, batch_sizes, check_fits, grid, nothing_left
+from jaxmed.data.plan import PAD, Request, Step, batch_sizes, check_fits, grid, nothing_left
 from jaxmed.data.plan_cost import Cost
 
 CANDIDATES = 4096  # the exact search is quadratic in them
@@ -34,15 +34,8 @@ class Cut(NamedTuple):
 
 
 def fit(
-    sizes: Sizes,
-    ids: np.ndarray,
+    request: Request,
     *,
-    buckets: Mapping[str, Sequence[int]] | None,
-    batch_size: int | None,
-    budget: int | None,
-    multiple_of: int,
-    drop_remainder: bool,
-    keys: np.ndarray | None,
     lengths: int = 16,
     multiple: int = 64,
     cost: Mapping[str, Any] | None = None,
@@ -50,9 +43,9 @@ def fit(
     """See `plan.planner`.
 
     Args:
-      sizes: with "tokens".
-      buckets: `{"tokens": lengths}` instead of fitted ones.
-      batch_size, budget: images, or padded tokens, of a global batch at most.
+      request: `sizes` with "tokens".
+        `buckets`: `{"tokens": lengths}` instead of fitted ones. `batch_size`, `budget`: images, or padded tokens, of a
+        global batch at most.
       lengths: the most that may be fitted.
       multiple: fitted lengths are multiples of this, unless there is one for each count that occurs.
       cost: the model's sizes, see `plan_cost.Cost`; lengths are fitted to its FLOPs.
@@ -60,30 +53,33 @@ def fit(
     Raises:
       UserError: an option is not known or cannot be met.
     """
-    if "tokens" not in sizes or (buckets is not None and set(buckets) != {"tokens"}):
+    if "tokens" not in request.sizes or (request.buckets is not None and set(request.buckets) != {"tokens"}):
         raise UserError(
-            f"input.mode='length' plans by 'tokens'; records have {', '.join(sorted(sizes))}, input.buckets is "
-            f"{buckets and dict(buckets)}"
+            f"input.mode='length' plans by 'tokens'; records have {', '.join(sorted(request.sizes))}, input.buckets is "
+            f"{request.buckets and dict(request.buckets)}"
         )
     model = make_cost(cost)
-    counts = np.sort(sizes["tokens"])
+    counts = np.sort(request.sizes["tokens"])
 
     def rows(lengths: Sequence[int]) -> dict[int, int]:
         most = batch_sizes(
-            [(("tokens", n),) for n in lengths], batch_size=batch_size, budget=budget, multiple_of=multiple_of
+            [(("tokens", n),) for n in lengths],
+            batch_size=request.batch_size,
+            budget=request.budget,
+            multiple_of=request.multiple_of,
         )
         return {bucket[0][1]: n for bucket, n in most.items()}
 
-    if buckets is not None:
-        grid(buckets)  # checks them
-        check_fits(sizes, ids, buckets, keys)
-        allowed = sorted({int(n) for n in buckets["tokens"]})
-        cuts = cut(counts, allowed, rows(allowed), multiple_of)
+    if request.buckets is not None:
+        grid(request.buckets)  # checks them
+        check_fits(request.sizes, request.ids, request.buckets, request.keys)
+        allowed = sorted({int(n) for n in request.buckets["tokens"]})
+        cuts = cut(counts, allowed, rows(allowed), request.multiple_of)
     else:
-        cuts = fit_cuts(counts, lengths, multiple, model.image, rows, multiple_of)
-    if drop_remainder:
+        cuts = fit_cuts(counts, lengths, multiple, model.image, rows, request.multiple_of)
+    if request.drop_remainder:
         cuts = drop_incomplete(cuts)
-    return Lengths(sizes["tokens"], ids, tuple(cuts))
+    return Lengths(request.sizes["tokens"], request.ids, tuple(cuts))
 
 
 def make_cost(cost: Mapping[str, Any] | None) -> Cost:

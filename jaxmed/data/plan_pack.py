@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int64, Num
 
 from jaxmed.core.errors import UserError
-from jaxmed.data.plan import PAD, Bucket, Sizes, Step, nothing_left
+from jaxmed.data.plan import PAD, Bucket, Request, Step, nothing_left
 from jaxmed.data.plan_cost import Cost
 from jaxmed.data.plan_length import by_count, drop_incomplete, fit_cuts, make_cost
 
@@ -34,15 +34,8 @@ SLOWER = 2.0  # attention runs at about half the speed of matrix products
 
 
 def fit(
-    sizes: Sizes,
-    ids: np.ndarray,
+    request: Request,
     *,
-    buckets: Mapping[str, Sequence[int]] | None,
-    batch_size: int | None,
-    budget: int | None,
-    multiple_of: int,
-    drop_remainder: bool,
-    keys: np.ndarray | None,
     attention: str = "blocks",
     lengths: int = 16,
     multiple: int = 64,
@@ -51,10 +44,10 @@ def fit(
     """See `plan.planner`.
 
     Args:
-      sizes: with "tokens".
-      buckets: `{"tokens": (N,)}` and `"images": (K,)`: the most tokens and images of a row. Default of tokens: for
+      request: `sizes` with "tokens".
+        `buckets`: `{"tokens": (N,)}` and `"images": (K,)`: the most tokens and images of a row. Default of tokens: for
         "blocks" what is cheapest, for "rebucket" what the budget gives every device; of images: no limit.
-      batch_size, budget: rows, or padded tokens, of a global batch at most.
+        `batch_size`, `budget`: rows, or padded tokens, of a global batch at most.
       attention: one of `FORMS`.
       lengths, multiple: of "rebucket": the token counts that attention is padded to, see `plan_length.fit`.
       cost: the model's sizes, see `plan_cost.Cost`.
@@ -64,32 +57,34 @@ def fit(
     """
     if attention not in FORMS:
         raise UserError(f"input.plan_options.attention={attention!r}: use one of {', '.join(FORMS)}")
-    if "tokens" not in sizes or set(buckets or ()) - {"tokens", "images"}:
+    if "tokens" not in request.sizes or set(request.buckets or ()) - {"tokens", "images"}:
         raise UserError(
-            f"input.mode='pack' plans rows of 'tokens' and 'images'; records have {', '.join(sorted(sizes))}, "
-            f"input.buckets is {buckets and dict(buckets)}"
+            f"input.mode='pack' plans rows of 'tokens' and 'images'; records have {', '.join(sorted(request.sizes))}, "
+            f"input.buckets is {request.buckets and dict(request.buckets)}"
         )
-    room, images = (_one(buckets or {}, axis) for axis in ("tokens", "images"))
+    room, images = (_one(request.buckets or {}, axis) for axis in ("tokens", "images"))
     model = make_cost(cost)
     fixed = room is not None
-    if not fixed and budget is not None:
-        room = budget // multiple_of
-    rows = _rows(room, batch_size, budget, multiple_of)
-    longest = int(np.argmax(sizes["tokens"]))
-    if (need := int(sizes["tokens"][longest])) > room:
-        name = keys[longest] if keys is not None else f"with id {ids[longest]}"
+    if not fixed and request.budget is not None:
+        room = request.budget // request.multiple_of
+    rows = _rows(room, request.batch_size, request.budget, request.multiple_of)
+    longest = int(np.argmax(request.sizes["tokens"]))
+    if (need := int(request.sizes["tokens"][longest])) > room:
+        name = request.keys[longest] if request.keys is not None else f"with id {request.ids[longest]}"
         raise UserError(
             f"study {name} has {need} tokens, more than a row (input.buckets.tokens={room}): use rows of at least "
             f"{need} tokens, or a larger input.budget"
         )
-    counts = np.sort(sizes["tokens"])
+    counts = np.sort(request.sizes["tokens"])
     if attention == "rebucket":
-        parts = _rebucket(counts, room, images, rows, multiple_of, lengths, multiple, model, drop_remainder)
+        parts = _rebucket(
+            counts, room, images, rows, request.multiple_of, lengths, multiple, model, request.drop_remainder
+        )
     else:
         table, tokens = _cheapest_rows(counts, room, None if fixed else BLOCK, images, model)
-        rows = _rows(tokens, batch_size, budget, multiple_of)
-        parts = [_batches(table, tokens, counts, rows, multiple_of, drop_remainder)]
-    return Rows(sizes["tokens"], ids, tuple(parts))
+        rows = _rows(tokens, request.batch_size, request.budget, request.multiple_of)
+        parts = [_batches(table, tokens, counts, rows, request.multiple_of, request.drop_remainder)]
+    return Rows(request.sizes["tokens"], request.ids, tuple(parts))
 
 
 def _one(buckets: Mapping[str, Sequence[int]], axis: str) -> int | None:
