@@ -34,7 +34,7 @@ def dot(x: Float[Array, "*n i"], kernel: Float[Array, "i o"], dimensions, precis
     On one CPU the gradient of the kernel is one product of matrices as they lie in memory: as jax differentiates it,
     XLA copies an operand into its transpose, which takes as long as half of the product.
     """
-    if jax.default_backend() != "cpu" or not on_one_device():
+    if jax.default_backend() != "cpu" or precision is not None or not on_one_device():
         return jax.lax.dot_general(x, kernel, dimensions, precision=precision)
     return _flat_dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
